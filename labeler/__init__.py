@@ -1,0 +1,1 @@
+"""Images → label maps. Owns the map format and all geometry."""

@@ -1,0 +1,557 @@
+"""LabelMap and its bytes (.tlm).
+
+A label map holds the k best classes of a teacher at every cell of a grid laid over one image.
+docs/label-map-format.md describes every byte with a worked example; the short form:
+
+    header     magic, version, flags, number of levels, k, classes, palette size, CRC-32
+    levels     rows, cols, window of each level
+    payload    one zstd frame: palette · palette codes · scores · normaliser
+
+The payload is built for zstd's entropy coder: values are split into planes of bytes, and each kind
+of plane is flushed as a block of its own, so that it gets its own Huffman table.
+"""
+
+import math
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import zstandard
+from jaxtyping import Float16, Float32, Int32, Int64, UInt16, UInt32
+
+MAGIC = b"\x89TLM"
+VERSION = 1
+MAX_PAYLOAD_BYTES = 1 << 26
+"""Refuse maps that unpack to more than this (64 MiB; an 18×18 top-5 map unpacks to 6 KiB)."""
+
+_HAS_NORMALIZER = 1
+_WIDE_CODES = 2
+_HEADER = struct.Struct("<4sBBBBIII")  # magic, version, flags, levels, k, classes-1, palette, crc
+_LEVEL = struct.Struct("<HH4f")  # rows, cols, window
+_CRC_OFFSET = 16
+_ZSTD_LEVEL = 3
+_MAX_WINDOW_BYTES = 1 << 23
+
+
+class LabelMapError(ValueError):
+    """The bytes or arrays are not a label map; the message says what is wrong with them."""
+
+
+@dataclass(frozen=True, eq=False, slots=True, kw_only=True)
+class LabelMap:
+    """A teacher's top-k scores on a grid of cells over one image.
+
+    Raises:
+        LabelMapError: If shapes disagree, a score is not finite, scores do not descend along k,
+            a class is out of range or twice in one cell, or the window is empty.
+    """
+
+    scores: Float16[np.ndarray, "k rows cols"]
+    """Raw teacher logits, descending along k."""
+    classes: UInt32[np.ndarray, "k rows cols"]
+    """Class ids, each below num_classes, distinct within a cell."""
+    num_classes: int
+    """Number of classes the teacher chose from, 1 to 2**32."""
+    log_normalizer: Float16[np.ndarray, "rows cols"] | None = None
+    """Logsumexp of all num_classes logits of a cell: score - log_normalizer is a log-probability.
+
+    None in label sets made by others, which did not keep it."""
+    window: tuple[float, float, float, float] = (0.0, 0.0, 1.0, 1.0)
+    """(x0, y0, x1, y1): the part of the image the grid covers, in image fractions, as float32."""
+
+    def __post_init__(self) -> None:
+        if self.scores.shape != self.classes.shape or self.scores.ndim != 3:
+            raise LabelMapError(
+                f"scores are {self.scores.shape} and classes {self.classes.shape}; "
+                "both must be (k, rows, cols)"
+            )
+        k, rows, cols = self.scores.shape
+        _check_counts(k, rows, cols, self.num_classes)
+        if self.log_normalizer is not None and self.log_normalizer.shape != (rows, cols):
+            raise LabelMapError(
+                f"log_normalizer is {self.log_normalizer.shape}, expected {(rows, cols)}"
+            )
+        _check_window(self.window)
+        # Windows are stored as float32; rounding here makes decode(encode(m)) equal m.
+        window = tuple(float(np.float32(v)) for v in self.window)
+        object.__setattr__(self, "window", window)
+        if int(self.classes.max()) >= self.num_classes:
+            raise LabelMapError(
+                f"class {int(self.classes.max())} is not below num_classes {self.num_classes}"
+            )
+        _check_distinct(self.classes[None])
+        _check_scores(_monotone(self.scores)[None])
+        if self.log_normalizer is not None:
+            _check_finite(_monotone(self.log_normalizer), "log_normalizer")
+
+    @property
+    def k(self) -> int:
+        """Number of classes kept per cell."""
+        return self.scores.shape[0]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Cells as (rows, cols)."""
+        return self.scores.shape[1], self.scores.shape[2]
+
+    def equals(self, other: "LabelMap") -> bool:
+        """Tell whether two maps hold the same bits."""
+        same_normalizer = (
+            self.log_normalizer is other.log_normalizer
+            or self.log_normalizer is not None
+            and other.log_normalizer is not None
+            and np.array_equal(self.log_normalizer, other.log_normalizer)
+        )
+        return (
+            same_normalizer
+            and self.num_classes == other.num_classes
+            and self.window == other.window
+            and np.array_equal(self.scores, other.scores)
+            and np.array_equal(self.classes, other.classes)
+        )
+
+
+class PaletteArrays(NamedTuple):
+    """A batch of one-level maps, each on its own palette, padded to the largest.
+
+    b maps, u the largest palette, mh and mw the largest grid. Padding is 0 everywhere.
+    """
+
+    palette: Int64[np.ndarray, "b u"]
+    """Distinct classes of each map, ascending, then padding."""
+    palette_sizes: Int64[np.ndarray, " b"]
+    indices: Int32[np.ndarray, "b k mh mw"]
+    """Position of each cell's classes in its map's palette."""
+    scores: Float16[np.ndarray, "b k mh mw"]
+    log_normalizer: Float16[np.ndarray, "b mh mw"] | None
+    """None as soon as one map of the batch has none."""
+    grids: Int64[np.ndarray, "b 2"]
+    """(rows, cols) of each map before padding."""
+    windows: Float32[np.ndarray, "b 4"]
+    num_classes: int
+
+
+def encode(levels: LabelMap | Sequence[LabelMap]) -> bytes:
+    """Turn the label map of one image into bytes; lossless.
+
+    Args:
+        levels: One map, or several of one image made at rising teacher scales. All levels share
+            k, num_classes and whether they have a log_normalizer.
+
+    Raises:
+        LabelMapError: If the levels do not belong together.
+    """
+    levels = [levels] if isinstance(levels, LabelMap) else list(levels)
+    first = _check_levels(levels)
+    palette = np.unique(np.concatenate([level.classes.ravel() for level in levels]))
+    codes = [_neighbor_codes(np.searchsorted(palette, level.classes)) for level in levels]
+    wide = max(int(code.max()) for code in codes) > 255
+    blocks = [b"".join(_planes(np.diff(palette, prepend=np.uint32(0)), 4))]
+    for level, code in zip(levels, codes):
+        blocks += _planes(code, 2 if wide else 1)
+        blocks += _planes(_rank_gaps(_monotone(level.scores)), 2)
+        if level.log_normalizer is not None:
+            blocks += _planes(_monotone(level.log_normalizer) - _monotone(level.scores[0]), 2)
+    flags = _HAS_NORMALIZER * (first.log_normalizer is not None) | _WIDE_CODES * wide
+    head = (MAGIC, VERSION, flags, len(levels), first.k, first.num_classes - 1, palette.size)
+    body = b"".join(_LEVEL.pack(*level.grid, *level.window) for level in levels)
+    body += _compress(blocks)
+    return _HEADER.pack(*head, _crc(_HEADER.pack(*head, 0), body)) + body
+
+
+def decode(data: bytes) -> tuple[LabelMap, ...]:
+    """Read the label maps of one image, one per level.
+
+    Raises:
+        LabelMapError: Whatever the bytes are, nothing else is raised.
+    """
+    header, payload = _unpack(data, zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES))
+    palette = _palette(header, payload)
+    maps = []
+    start = 4 * header.palette_size
+    for level in header.levels:
+        section = payload[start : start + header.section_bytes(level)]
+        start += len(section)
+        indices, scores, normalizer = _cells(section, 1, header, level)
+        if int(indices.max()) >= header.palette_size:
+            raise LabelMapError(f"palette index {indices.max()} of {header.palette_size} classes")
+        maps.append(
+            LabelMap(
+                scores=scores[0],
+                classes=palette[indices[0]],
+                num_classes=header.num_classes,
+                log_normalizer=None if normalizer is None else normalizer[0],
+                window=level.window,
+            )
+        )
+    return tuple(maps)
+
+
+def decode_batch(batch: Sequence[bytes]) -> PaletteArrays:
+    """Read many one-level maps into padded arrays, without a Python loop over cells.
+
+    Raises:
+        LabelMapError: If one of them is damaged, has several levels, or if k or num_classes
+            differ; the message gives the position in the batch.
+    """
+    unpacked = []
+    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    for position, data in enumerate(batch):
+        try:
+            unpacked.append(_unpack(data, decompressor))
+            if len(unpacked[-1][0].levels) != 1:
+                raise LabelMapError(f"{len(unpacked[-1][0].levels)} levels; one is expected")
+        except LabelMapError as error:
+            raise LabelMapError(f"label map {position} of the batch: {error}") from error
+    headers = [header for header, _ in unpacked]
+    arrays = _empty_arrays(
+        [header.levels[0] for header in headers],
+        [header.palette_size for header in headers],
+        ks={header.k for header in headers},
+        class_counts={header.num_classes for header in headers},
+        has_normalizer=all(header.has_normalizer for header in headers),
+    )
+    for position, (header, payload) in enumerate(unpacked):
+        arrays.palette[position, : header.palette_size] = _palette(header, payload)
+    groups: dict[tuple, list[int]] = {}
+    for position, header in enumerate(headers):
+        groups.setdefault((header.flags, header.levels[0].grid), []).append(position)
+    for positions in groups.values():
+        _fill_group(arrays, positions, [unpacked[position] for position in positions])
+    return arrays
+
+
+def to_arrays(maps: Sequence[LabelMap]) -> PaletteArrays:
+    """Pad label maps of several images into one batch; what decode_batch does from bytes."""
+    palettes = [np.unique(label_map.classes) for label_map in maps]
+    arrays = _empty_arrays(
+        [_Level(label_map.grid, label_map.window) for label_map in maps],
+        [palette.size for palette in palettes],
+        ks={label_map.k for label_map in maps},
+        class_counts={label_map.num_classes for label_map in maps},
+        has_normalizer=all(label_map.log_normalizer is not None for label_map in maps),
+    )
+    for i, (label_map, palette) in enumerate(zip(maps, palettes)):
+        rows, cols = label_map.grid
+        arrays.palette[i, : palette.size] = palette
+        arrays.indices[i, :, :rows, :cols] = np.searchsorted(palette, label_map.classes)
+        arrays.scores[i, :, :rows, :cols] = label_map.scores
+        if arrays.log_normalizer is not None and label_map.log_normalizer is not None:
+            arrays.log_normalizer[i, :rows, :cols] = label_map.log_normalizer
+    return arrays
+
+
+class _Level(NamedTuple):
+    grid: tuple[int, int]
+    window: tuple[float, float, float, float]
+
+
+class _Header(NamedTuple):
+    flags: int
+    k: int
+    num_classes: int
+    palette_size: int
+    levels: tuple[_Level, ...]
+
+    @property
+    def has_normalizer(self) -> bool:
+        return bool(self.flags & _HAS_NORMALIZER)
+
+    @property
+    def code_bytes(self) -> int:
+        return 2 if self.flags & _WIDE_CODES else 1
+
+    def section_bytes(self, level: _Level) -> int:
+        """Bytes of one level's codes, scores and normaliser, before compression."""
+        rows, cols = level.grid
+        return rows * cols * (self.k * (self.code_bytes + 2) + 2 * self.has_normalizer)
+
+    @property
+    def payload_bytes(self) -> int:
+        return 4 * self.palette_size + sum(self.section_bytes(level) for level in self.levels)
+
+
+def _crc(header: bytes, body: bytes) -> int:
+    """CRC-32 of everything but itself, so that a flipped bit is found wherever it is."""
+    return zlib.crc32(body, zlib.crc32(header[:_CRC_OFFSET]))
+
+
+def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Header, bytes]:
+    """Check header and checksum, then decompress; never allocates beyond the header's claim."""
+    if len(data) < _HEADER.size:
+        raise LabelMapError(f"{len(data)} bytes are too few for a header of {_HEADER.size}")
+    magic, version, flags, num_levels, k, last_class, palette_size, crc = _HEADER.unpack_from(data)
+    if magic != MAGIC:
+        raise LabelMapError(f"starts with {magic!r}, a label map with {MAGIC!r}")
+    if version != VERSION:
+        raise LabelMapError(f"version {version} is not known; this program reads {VERSION}")
+    body = data[_HEADER.size :]
+    if _crc(data, body) != crc:
+        raise LabelMapError("the checksum does not fit: the bytes are damaged or cut short")
+    if flags & ~(_HAS_NORMALIZER | _WIDE_CODES):
+        raise LabelMapError(f"flags {flags:#x} are not known to version {VERSION}")
+    if num_levels == 0 or len(body) < num_levels * _LEVEL.size:
+        raise LabelMapError(f"{num_levels} levels do not fit in {len(body)} bytes")
+    levels = []
+    for i in range(num_levels):
+        rows, cols, *window = _LEVEL.unpack_from(body, i * _LEVEL.size)
+        _check_counts(k, rows, cols, last_class + 1)
+        _check_window(tuple(window))
+        levels.append(_Level((rows, cols), tuple(window)))
+    header = _Header(flags, k, last_class + 1, palette_size, tuple(levels))
+    if not k <= palette_size <= header.num_classes:
+        raise LabelMapError(f"a palette of {palette_size}, k {k}, {header.num_classes} classes")
+    if header.payload_bytes > MAX_PAYLOAD_BYTES:
+        raise LabelMapError(
+            f"unpacks to {header.payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
+        )
+    frame = body[num_levels * _LEVEL.size :]
+    try:
+        # A size in the frame's own header would override max_output_size.
+        if zstandard.frame_content_size(frame) not in (-1, header.payload_bytes):
+            raise LabelMapError("the compressed frame claims another size than the header")
+        payload = decompressor.decompress(
+            frame,
+            max_output_size=header.payload_bytes,
+            allow_extra_data=False,
+        )
+    except (zstandard.ZstdError, MemoryError) as error:
+        raise LabelMapError(f"the compressed frame cannot be read: {error}") from error
+    if len(payload) != header.payload_bytes:
+        raise LabelMapError(f"{len(payload)} bytes unpacked, {header.payload_bytes} expected")
+    return header, payload
+
+
+def _palette(header: _Header, payload: bytes) -> UInt32[np.ndarray, " u"]:
+    deltas = _from_planes(payload[: 4 * header.palette_size], 1, header.palette_size, 4)[0]
+    palette = np.cumsum(deltas, dtype=np.uint64)
+    if (deltas[1:] == 0).any() or int(palette[-1]) >= header.num_classes:
+        raise LabelMapError("the palette does not ascend below num_classes")
+    return palette.astype(np.uint32)
+
+
+def _cells(
+    sections: bytes, num_maps: int, header: _Header, level: _Level
+) -> tuple[
+    Int64[np.ndarray, "b k rows cols"],
+    Float16[np.ndarray, "b k rows cols"],
+    Float16[np.ndarray, "b rows cols"] | None,
+]:
+    """Decode the equal-sized sections of several maps at once: indices, scores, normaliser."""
+    shape = (header.k, *level.grid)
+    num_codes = math.prod(shape)
+    table = np.frombuffer(sections, np.uint8).reshape(num_maps, -1)
+    scores_at = num_codes * header.code_bytes
+    codes = _from_planes(table[:, :scores_at], num_maps, num_codes, header.code_bytes)
+    indices = _resolve(codes.reshape(num_maps, *shape))
+    gaps = _from_planes(table[:, scores_at : scores_at + 2 * num_codes], num_maps, num_codes, 2)
+    monotone = _from_rank_gaps(gaps.reshape(num_maps, *shape))
+    _check_scores(monotone)
+    normalizer = None
+    if header.has_normalizer:
+        rest = table[:, scores_at + 2 * num_codes :]
+        gap = _from_planes(rest, num_maps, math.prod(level.grid), 2)
+        total = (gap.astype(np.uint16) + monotone[:, 0].reshape(num_maps, -1)).reshape(
+            num_maps, *level.grid
+        )
+        _check_finite(total, "log_normalizer")
+        normalizer = _from_monotone(total)
+    return indices, _from_monotone(monotone), normalizer
+
+
+def _fill_group(
+    arrays: PaletteArrays, positions: list[int], members: list[tuple[_Header, bytes]]
+) -> None:
+    """Decode maps of one shape and write them at their positions of the batch."""
+    header = members[0][0]
+    level = header.levels[0]
+    rows, cols = level.grid
+    sections = b"".join(payload[4 * head.palette_size :] for head, payload in members)
+    indices, scores, normalizer = _cells(sections, len(members), header, level)
+    too_large = indices.max(axis=(1, 2, 3)) >= arrays.palette_sizes[positions]
+    if too_large.any():
+        raise LabelMapError(
+            f"label map {positions[int(too_large.argmax())]} of the batch: "
+            "a palette index lies beyond its palette"
+        )
+    _check_distinct(indices)
+    arrays.indices[positions, :, :rows, :cols] = indices
+    arrays.scores[positions, :, :rows, :cols] = scores
+    if arrays.log_normalizer is not None:
+        arrays.log_normalizer[positions, :rows, :cols] = normalizer
+
+
+def _empty_arrays(
+    levels: list[_Level],
+    palette_sizes: list[int],
+    *,
+    ks: set[int],
+    class_counts: set[int],
+    has_normalizer: bool,
+) -> PaletteArrays:
+    if len(ks) != 1 or len(class_counts) != 1:
+        raise LabelMapError(
+            f"maps of different kinds in one batch: k {sorted(ks)}, classes {sorted(class_counts)}"
+        )
+    num_maps = len(levels)
+    max_rows = max(level.grid[0] for level in levels)
+    max_cols = max(level.grid[1] for level in levels)
+    shape = (num_maps, ks.pop(), max_rows, max_cols)
+    return PaletteArrays(
+        palette=np.zeros((num_maps, max(palette_sizes)), np.int64),
+        palette_sizes=np.array(palette_sizes, np.int64),
+        indices=np.zeros(shape, np.int32),
+        scores=np.zeros(shape, np.float16),
+        log_normalizer=np.zeros((num_maps, max_rows, max_cols), np.float16)
+        if has_normalizer
+        else None,
+        grids=np.array([level.grid for level in levels], np.int64),
+        windows=np.array([level.window for level in levels], np.float32),
+        num_classes=class_counts.pop(),
+    )
+
+
+def _monotone(values: Float16[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*shape"]:
+    """Float16 as integers in the same order, so that near values have small differences."""
+    bits = (values + np.float16(0)).view(np.uint16)  # + 0 turns -0.0 into 0.0: one code for both
+    return np.where(bits & 0x8000, ~bits, bits | 0x8000)
+
+
+def _from_monotone(codes: UInt16[np.ndarray, "*shape"]) -> Float16[np.ndarray, "*shape"]:
+    return np.where(codes & 0x8000, codes ^ 0x8000, ~codes).view(np.float16)
+
+
+def _rank_gaps(monotone: UInt16[np.ndarray, "k rows cols"]) -> UInt16[np.ndarray, "k rows cols"]:
+    """The top-1, then how far each rank lies below the one before."""
+    return np.concatenate([monotone[:1], monotone[:-1] - monotone[1:]])
+
+
+def _from_rank_gaps(
+    gaps: UInt16[np.ndarray, "b k rows cols"],
+) -> UInt16[np.ndarray, "b k rows cols"]:
+    below_top = np.cumsum(gaps[:, 1:], axis=1, dtype=np.uint32)
+    if (below_top > gaps[:, :1]).any():
+        raise LabelMapError("a score falls below the lowest float16")
+    return np.concatenate([gaps[:, :1], gaps[:, :1] - below_top.astype(np.uint16)], axis=1)
+
+
+def _neighbor_codes(
+    indices: Int64[np.ndarray, "k rows cols"],
+) -> Int64[np.ndarray, "k rows cols"]:
+    """Name each class by a neighbour's rank where one has it, else by its palette index.
+
+    0 … k-1: the class at that rank in the cell above; k … 2k-1: in the cell to the left;
+    from 2k on: palette index + 2k.
+    """
+    k = indices.shape[0]
+    codes = indices + 2 * k
+    for rank in reversed(range(k)):
+        left = indices[rank, :, :-1] == indices[:, :, 1:]
+        codes[:, :, 1:][left] = k + rank
+    for rank in reversed(range(k)):
+        above = indices[rank, :-1] == indices[:, 1:]
+        codes[:, 1:][above] = rank
+    return codes
+
+
+def _resolve(
+    codes: UInt16[np.ndarray, "b k rows cols"],
+) -> Int64[np.ndarray, "b k rows cols"]:
+    """Palette indices from neighbour codes.
+
+    Every code that names a neighbour becomes a pointer to it. Replacing pointers by what they
+    point at halves every chain, so a few rounds resolve all cells of all maps at once.
+    """
+    _, k, rows, cols = codes.shape
+    if (codes[:, :, 0] < k).any() or ((codes[..., 0] >= k) & (codes[..., 0] < 2 * k)).any():
+        raise LabelMapError("a cell at the border names a neighbour outside the grid")
+    flat = codes.reshape(-1).astype(np.int64)
+    pointing = np.flatnonzero(flat < 2 * k)
+    code, cell = flat[pointing], pointing % (rows * cols)
+    rank_0 = pointing - pointing % (k * rows * cols) + cell
+    pointer = np.arange(flat.size)
+    pointer[pointing] = np.where(
+        code < k,
+        rank_0 + code * (rows * cols) - cols,
+        rank_0 + (code - k) * (rows * cols) - 1,
+    )
+    while pointing.size:
+        target = pointer[pointer[pointing]]
+        pointer[pointing] = target
+        pointing = pointing[flat[target] < 2 * k]
+    return (flat[pointer] - 2 * k).reshape(codes.shape)
+
+
+def _planes(values: np.ndarray, num_bytes: int) -> list[bytes]:
+    """Split integers into planes of bytes, most significant first."""
+    raw = np.ascontiguousarray(values).astype(f"<u{num_bytes}").view(np.uint8)
+    table = raw.reshape(-1, num_bytes)
+    return [table[:, i].tobytes() for i in reversed(range(num_bytes))]
+
+
+def _from_planes(
+    data: bytes | np.ndarray, num_maps: int, num_values: int, num_bytes: int
+) -> np.ndarray:
+    """Join planes of bytes, most significant first, into (num_maps, num_values) integers."""
+    table = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
+    planes = table.reshape(num_maps, num_bytes, num_values)
+    dtype = np.uint32 if num_bytes == 4 else np.uint16
+    values = planes[:, 0].astype(dtype)
+    for i in range(1, num_bytes):
+        values = values << dtype(8) | planes[:, i]
+    return values
+
+
+def _compress(blocks: list[bytes]) -> bytes:
+    """One zstd frame with a block per plane: each gets the Huffman table that fits it."""
+    compressor = zstandard.ZstdCompressor(
+        level=_ZSTD_LEVEL, write_content_size=False, write_checksum=False
+    ).compressobj()
+    frame = b""
+    for block in blocks:
+        frame += compressor.compress(block)
+        frame += compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    return frame + compressor.flush()
+
+
+def _check_levels(levels: Sequence[LabelMap]) -> LabelMap:
+    if not 1 <= len(levels) <= 255:
+        raise LabelMapError(f"{len(levels)} levels; 1 to 255 can be stored")
+    kinds = {(m.k, m.num_classes, m.log_normalizer is not None) for m in levels}
+    if len(kinds) != 1:
+        raise LabelMapError(f"levels differ in (k, num_classes, has log_normalizer): {kinds}")
+    return levels[0]
+
+
+def _check_counts(k: int, rows: int, cols: int, num_classes: int) -> None:
+    if not (1 <= k <= 255 and 1 <= rows <= 65535 and 1 <= cols <= 65535):
+        raise LabelMapError(f"k {k}, rows {rows}, cols {cols}: each from 1, k to 255, else 65535")
+    if not k <= num_classes <= 2**32:
+        raise LabelMapError(f"{num_classes} classes; k = {k} to 2**32 are allowed")
+
+
+def _check_window(window: tuple[float, ...]) -> None:
+    x0, y0, x1, y1 = window
+    if not (all(map(math.isfinite, window)) and x0 < x1 and y0 < y1):
+        raise LabelMapError(f"window {window} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
+
+
+def _check_scores(monotone: UInt16[np.ndarray, "b k rows cols"]) -> None:
+    if (monotone[:, :-1] < monotone[:, 1:]).any():
+        raise LabelMapError("scores do not descend along k")
+    _check_finite(monotone[:, [0, -1]], "scores")
+
+
+def _check_finite(monotone: UInt16[np.ndarray, "..."], name: str) -> None:
+    if ((monotone < 0x0400) | (monotone > 0xFBFF)).any():  # the float16 codes of ±65504
+        raise LabelMapError(f"{name} holds a value that is not finite")
+
+
+def _check_distinct(classes: np.ndarray) -> None:
+    """Check that no cell of (b, k, rows, cols) names a class twice."""
+    for rank in range(classes.shape[1] - 1):
+        if (classes[:, rank + 1 :] == classes[:, rank : rank + 1]).any():
+            raise LabelMapError("a cell names one class twice")

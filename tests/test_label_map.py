@@ -1,0 +1,269 @@
+import struct
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+import zstandard
+from conftest import random_map
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenlabel.labeler import label_map as module
+from tokenlabel.labeler.label_map import (
+    LabelMap,
+    LabelMapError,
+    decode,
+    decode_batch,
+    encode,
+    to_arrays,
+)
+
+
+@st.composite
+def label_maps(draw: st.DrawFn) -> LabelMap:
+    """Draw maps of every kind, with the extremes of float16 and uint32 among them."""
+    k = draw(st.integers(1, 6))
+    num_classes = draw(st.sampled_from([k, k + 1, 1000, 100_000, 2**32]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    grid = (draw(st.integers(1, 9)), draw(st.integers(1, 9)))
+    near = draw(st.booleans())  # few distinct classes: neighbour codes and small palettes
+    pool = rng.choice(min(num_classes, k + 3 if near else 3000), size=grid + (k,))
+    classes = np.moveaxis(np.sort(pool, -1), -1, 0)
+    for rank in range(1, k):  # make classes of a cell distinct
+        classes[rank] = np.maximum(classes[rank], classes[rank - 1] + 1)
+    classes = np.minimum(classes, num_classes - k + np.arange(k)[:, None, None])
+    if draw(st.booleans()):
+        classes = classes + (num_classes - 1 - classes.max())
+    bits = rng.integers(0, 2**16, size=(k, *grid), dtype=np.uint16)
+    scores = bits.view(np.float16)
+    scores = np.where(np.isfinite(scores), scores, np.float16(65504))
+    normalizer = rng.standard_normal(grid).astype(np.float16) * 9
+    x0, x1 = sorted(rng.choice(100, 2, replace=False) / 64)
+    return LabelMap(
+        scores=-np.sort(-scores, axis=0),
+        classes=classes.astype(np.uint32),
+        num_classes=num_classes,
+        log_normalizer=normalizer if draw(st.booleans()) else None,
+        window=(x0, 0.25, x1, 0.75),
+    )
+
+
+@settings(max_examples=300, deadline=None)
+@given(label_maps())
+def test_decode_gives_back_what_was_encoded(label_map: LabelMap):
+    (read,) = decode(encode(label_map))
+    assert read.equals(label_map)
+
+
+def test_several_levels_of_one_image_keep_their_grids_and_windows():
+    rng = np.random.default_rng(0)
+    levels = [
+        random_map(rng, grid=(4, 6)),
+        random_map(rng, grid=(9, 13), window=(0.1, 0.2, 0.9, 0.7)),
+    ]
+    read = decode(encode(levels))
+    assert [level.grid for level in read] == [(4, 6), (9, 13)]
+    assert all(a.equals(b) for a, b in zip(read, levels))
+
+
+def test_batch_decoding_equals_decoding_one_by_one():
+    rng = np.random.default_rng(1)
+    maps = [
+        random_map(rng, grid=grid, num_classes=600, normalizer=True)
+        for grid in [(18, 18), (16, 21), (18, 18), (3, 40)]
+    ]
+    batch, expected = decode_batch([encode(m) for m in maps]), to_arrays(maps)
+    for name, got, want in zip(batch._fields, batch, expected):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+    for i, m in enumerate(maps):
+        rows, cols = m.grid
+        read = batch.palette[i][batch.indices[i, :, :rows, :cols]]
+        np.testing.assert_array_equal(read, m.classes)
+
+
+def test_one_map_without_normalizer_leaves_the_batch_without():
+    rng = np.random.default_rng(2)
+    batch = decode_batch([encode(random_map(rng)), encode(random_map(rng, normalizer=False))])
+    assert batch.log_normalizer is None
+
+
+def test_batch_errors_name_the_position():
+    good = encode(random_map(np.random.default_rng(3)))
+    with pytest.raises(LabelMapError, match="label map 1 of the batch: the checksum"):
+        decode_batch([good, good[:-1]])
+    with pytest.raises(LabelMapError, match=r"k \[3, 5\]"):
+        decode_batch([good, encode(random_map(np.random.default_rng(3), k=3))])
+
+
+def test_palettes_of_more_than_a_byte_survive():
+    rng = np.random.default_rng(4)
+    label_map = random_map(rng, grid=(30, 30), num_classes=2000)
+    assert np.unique(label_map.classes).size > 255
+    assert decode(encode(label_map))[0].equals(label_map)
+
+
+def _forge(data: bytes, **changes: int) -> bytes:
+    """Change header fields and put the checksum right, as somebody who means harm would."""
+    names = ["magic", "version", "flags", "levels", "k", "last_class", "palette", "crc"]
+    fields = dict(zip(names, struct.unpack_from("<4sBBBBIII", data))) | changes
+    head, body = struct.pack("<4sBBBBIII", *fields.values()), data[20:]
+    crc = zlib.crc32(body, zlib.crc32(head[:16]))
+    return head[:16] + struct.pack("<I", crc) + body
+
+
+SAMPLE = encode(random_map(np.random.default_rng(5), grid=(5, 6), num_classes=50))
+
+
+def _decodes_or_refuses(data: bytes) -> None:
+    try:
+        levels = decode(data)
+    except LabelMapError:
+        return
+    assert all(decode(encode(level))[0].equals(level) for level in levels)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.binary(max_size=200), st.booleans())
+def test_random_bytes_are_refused_and_nothing_else_happens(data: bytes, with_magic: bool):
+    _decodes_or_refuses(b"\x89TLM\x01" + data if with_magic else data)
+
+
+@settings(max_examples=1500, deadline=None)
+@given(st.integers(0, 8 * len(SAMPLE) - 1))
+def test_every_flipped_bit_is_found(bit: int):
+    damaged = bytearray(SAMPLE)
+    damaged[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(LabelMapError):
+        decode(bytes(damaged))
+
+
+@settings(max_examples=3000, deadline=None)
+@given(
+    st.integers(0, 255),
+    st.integers(0, 255),
+    st.integers(0, 255),
+    st.one_of(st.integers(0, 60), st.integers(0, 2**32 - 1)),
+    st.one_of(st.integers(0, 60), st.integers(0, 2**32 - 1)),
+    st.lists(st.tuples(st.integers(20, len(SAMPLE) - 1), st.integers(0, 255)), max_size=3),
+)
+def test_forged_bytes_with_a_right_checksum_decode_or_are_refused(
+    flags: int, levels: int, k: int, last_class: int, palette: int, edits: list[tuple[int, int]]
+):
+    body = bytearray(SAMPLE)
+    for position, value in edits:
+        body[position] = value
+    header = struct.unpack_from("<4sBBBBIII", SAMPLE)
+    # Most draws keep most fields, so that the checks behind the first one are reached too.
+    pick = lambda drawn, own, keep: own if keep % 4 else drawn  # noqa: E731
+    _decodes_or_refuses(
+        _forge(
+            bytes(body),
+            flags=pick(flags, header[2], flags + k),
+            levels=pick(levels, header[3], levels + k),
+            k=pick(k, header[4], k),
+            last_class=pick(last_class, header[5], last_class),
+            palette=pick(palette, header[6], palette),
+        )
+    )
+
+
+@settings(max_examples=1000, deadline=None)
+@given(st.data())
+def test_forged_payloads_decode_or_are_refused(data: st.DataObject):
+    """Compress changed planes anew: damage that neither CRC nor zstd can notice."""
+    frame = SAMPLE[20 + 20 :]
+    size = 4 * struct.unpack_from("<I", SAMPLE, 12)[0] + 5 * 6 * (5 * 3 + 2)
+    payload = bytearray(zstandard.ZstdDecompressor().decompress(frame, max_output_size=size))
+    for _ in range(data.draw(st.integers(1, 3))):
+        payload[data.draw(st.integers(0, size - 1))] = data.draw(st.integers(0, 255))
+    _decodes_or_refuses(_forge(SAMPLE[:40] + zstandard.ZstdCompressor().compress(bytes(payload))))
+
+
+def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken():
+    huge = bytearray(SAMPLE)
+    struct.pack_into("<HH", huge, 20, 65535, 65535)
+    tracemalloc.start()
+    with pytest.raises(LabelMapError, match="at most 67108864 are allowed"):
+        decode(_forge(bytes(huge)))
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_a_compression_bomb_is_cut_at_the_size_the_header_implies():
+    known = zstandard.ZstdCompressor().compress(bytes(100_000_000))
+    unknown = zstandard.ZstdCompressor(write_content_size=False).compress(bytes(100_000_000))
+    tracemalloc.start()
+    for bomb in (known, unknown):
+        with pytest.raises(LabelMapError, match="compressed frame"):
+            decode(_forge(SAMPLE[:40] + bomb))
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()
+
+
+def test_a_newer_version_is_named():
+    with pytest.raises(LabelMapError, match="version 9 is not known; this program reads 1"):
+        decode(_forge(SAMPLE, version=9))
+
+
+def test_unknown_flags_are_refused_not_ignored():
+    with pytest.raises(LabelMapError, match="flags 0x81 are not known"):
+        decode(_forge(SAMPLE, flags=0x80 | 1))
+
+
+def _arrays(**changes: object) -> dict:
+    base = {
+        "scores": np.array([[[2.0]], [[1.0]]], np.float16),
+        "classes": np.array([[[3]], [[4]]], np.uint32),
+        "num_classes": 5,
+    }
+    return base | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"scores": np.array([[[1.0]], [[2.0]]], np.float16)}, "do not descend"),
+        ({"scores": np.array([[[np.nan]], [[1.0]]], np.float16)}, "not finite"),
+        ({"scores": np.array([[[np.inf]], [[1.0]]], np.float16)}, "not finite"),
+        ({"classes": np.array([[[3]], [[3]]], np.uint32)}, "names one class twice"),
+        ({"num_classes": 4}, "class 4 is not below num_classes 4"),
+        ({"num_classes": 1}, "1 classes; k = 2 to"),
+        ({"window": (0.5, 0.0, 0.5, 1.0)}, "x0 < x1"),
+    ],
+)
+def test_maps_that_make_no_sense_are_refused_when_they_are_made(changes: dict, message: str):
+    with pytest.raises(LabelMapError, match=message):
+        LabelMap(**_arrays(**changes))
+
+
+def test_levels_that_do_not_belong_together_are_refused():
+    rng = np.random.default_rng(6)
+    with pytest.raises(LabelMapError, match="levels differ"):
+        encode([random_map(rng, k=5), random_map(rng, k=4)])
+    with pytest.raises(LabelMapError, match="0 levels"):
+        encode([])
+
+
+def test_negative_zero_is_kept_as_zero():
+    label_map = LabelMap(
+        **_arrays(scores=np.array([[[-0.0]], [[0.0]]], np.float16), num_classes=2**32)
+    )
+    assert decode(encode(label_map))[0].equals(label_map)
+
+
+def test_the_worked_example_of_the_documentation_is_true(docs_folder):
+    """docs/label-map-format.md shows a map and its bytes; both must be what the code makes."""
+    text = (docs_folder / "label-map-format.md").read_text()
+    block = text.split("```hex\n")[1].split("```")[0]
+    data = bytes.fromhex("".join(line.split("|")[0] for line in block.splitlines()))
+    (read,) = decode(data)
+    expected = LabelMap(
+        scores=np.array([[[2.0, 4.0]], [[1.0, 1.5]]], np.float16),
+        classes=np.array([[[7, 7]], [[3, 900]]], np.uint32),
+        num_classes=1000,
+        log_normalizer=np.array([[2.5, 4.25]], np.float16),
+        window=(0.125, 0.0, 0.875, 1.0),
+    )
+    assert read.equals(expected)
+    assert module.encode(expected) == data

@@ -1,0 +1,1 @@
+"""Dataset shards → checkpoint → numbers."""
