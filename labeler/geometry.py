@@ -8,7 +8,7 @@ A view is a 2×3 matrix A: (x, y) in the image = A · (u, v, 1) for (u, v) in th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -78,23 +78,24 @@ def token_points(
 
 @dataclass(frozen=True, kw_only=True)
 class PaletteMaps:
-    """The label maps of a batch, each on its own palette, padded to the largest.
+    """The label maps of a batch of images, each image on its own palette, padded to the largest.
 
-    b maps, u the largest palette, k top-k, mh and mw the largest grid in rows and columns.
+    b images, l levels (maps of one image at rising teacher scales, usually 1), u the largest
+    palette, k top-k, mh and mw the largest grid in rows and columns.
     """
 
     palette: Int64[Tensor, "b u"]
-    """Distinct classes of each map, ascending, then padding."""
+    """Distinct classes of each image's maps, ascending, then padding."""
     palette_sizes: Int64[Tensor, " b"]
-    indices: Int32[Tensor, "b k mh mw"]
-    """Position of each cell's classes in its map's palette."""
-    scores: Float16[Tensor, "b k mh mw"]
+    indices: Int32[Tensor, "b l k mh mw"]
+    """Position of each cell's classes in its image's palette."""
+    scores: Float16[Tensor, "b l k mh mw"]
     """Raw teacher logits."""
-    log_normalizer: Float16[Tensor, "b mh mw"] | None
+    log_normalizer: Float16[Tensor, "b l mh mw"] | None
     """Logsumexp over all classes; None if one map of the batch has none."""
-    grids: Int64[Tensor, "b 2"]
+    grids: Int64[Tensor, "b l 2"]
     """(rows, cols) of each map before padding."""
-    windows: Float32[Tensor, "b 4"]
+    windows: Float32[Tensor, "b l 4"]
     """(x0, y0, x1, y1) in image fractions: what the grid covers."""
     num_classes: int
 
@@ -114,9 +115,9 @@ class PaletteMaps:
         )
 
     @staticmethod
-    def from_label_maps(maps: Sequence[LabelMap]) -> "PaletteMaps":
-        """Batch maps of several images; grids and windows may differ, k and classes may not."""
-        return PaletteMaps.from_arrays(to_arrays(maps))
+    def from_label_maps(images: Sequence[LabelMap | Sequence[LabelMap]]) -> "PaletteMaps":
+        """Batch the map, or the levels, of several images; grids and windows may differ."""
+        return PaletteMaps.from_arrays(to_arrays(images))
 
     def _each_tensor(self, change: Callable[[Tensor], Tensor]) -> "PaletteMaps":
         tensors = {n: v for n, v in vars(self).items() if isinstance(v, Tensor)}
@@ -180,7 +181,8 @@ def sample_targets(
     ReLabel (https://arxiv.org/abs/2101.05022) pools a crop to one label; token labeling
     (https://arxiv.org/abs/2104.10858, section 3.2) to one per token. Same operator, other grid.
     For a pure box inside the image the tokens' logits equal
-    torchvision.ops.roi_align(…, aligned=True, sampling_ratio=2).
+    torchvision.ops.roi_align(…, aligned=True, sampling_ratio=2). Of a label pyramid, the two levels
+    nearest to the view's zoom are read and blended (docs/geometry.md).
 
     Args:
         maps: Teacher scores on each image's palette, before softmax.
@@ -194,98 +196,186 @@ def sample_targets(
     """
     # Logits are interpolated, not probabilities: the published recipe's choice, kept so that
     # zero fill reproduces it exactly.
-    planes = _expand(maps, fill)
-    points, inside = _points_on_maps(maps, views, grid)
-    # padding_mode is never used: points are already clamped to the outermost cell centres.
-    sampled = F.grid_sample(planes, points, mode="bilinear", align_corners=False)
-    sums = _sum_per_token(sampled * inside[:, None], grid)
-    counts = _sum_per_token(inside[:, None], grid)[:, 0]
-    token_logits = (sums / counts.clamp(min=1)[:, None]).transpose(1, 2)
-    view_logits = sums.sum(2) / counts.sum(1).clamp(min=1)[:, None]
-    in_palette = (
-        torch.arange(maps.palette.shape[1], device=maps.palette.device)
-        < maps.palette_sizes[:, None]
-    )
-    num_outside = maps.num_classes - maps.palette_sizes
-    tokens, token_background = _softmax(
-        token_logits, in_palette[:, None], num_outside[:, None].expand_as(counts)
-    )
-    view, view_background = _softmax(view_logits, in_palette, num_outside)
+    lower, upper, blend = _levels_of_views(maps, views)
+    sampled = _sample_level(maps, lower, views, grid, fill)
+    if maps.grids.shape[1] > 1:
+        sampled = _blend(sampled, _sample_level(maps, upper, views, grid, fill), blend)
+    tokens, token_background = _softmax(sampled.tokens, sampled.outside[:, None])
+    view, view_background = _softmax(sampled.view, sampled.outside)
     half = SAMPLES_PER_SIDE**2 / 2
     return TokenTargets(
         palette=maps.palette,
         tokens=tokens,
         token_background=token_background,
-        token_weight=(counts >= half).float(),
+        token_weight=(sampled.counts >= half).float(),
         view=view,
         view_background=view_background,
-        view_weight=(counts.sum(1) >= half * grid[0] * grid[1]).float(),
+        view_weight=(sampled.counts.sum(1) >= half * grid[0] * grid[1]).float(),
         num_classes=maps.num_classes,
     )
 
 
-def fill_logits(maps: PaletteMaps, fill: Fill) -> Float32[Tensor, "b mh mw"]:
-    """Logit that each class outside a cell's top-k is given."""
+class _Sampled(NamedTuple):
+    """One level read at the tokens' points. Last of the v = u + 1 planes: the fill.
+
+    Planes beyond an image's palette hold -inf.
+    """
+
+    tokens: Float32[Tensor, "b n v"]
+    view: Float32[Tensor, "b v"]
+    counts: Float32[Tensor, "b n"]
+    """Points of each token that lie inside the window."""
+    outside: Float32[Tensor, " b"]
+    """Log of the number of classes outside the palette, which share the fill; -inf for none."""
+
+
+def _levels_of_views(
+    maps: PaletteMaps, views: Float[Tensor, "b 2 3"]
+) -> tuple[Int64[Tensor, " b"], Int64[Tensor, " b"], Float32[Tensor, " b"]]:
+    """The two levels that suit each view's zoom, and the share of the upper one.
+
+    A teacher reads an object best at the size it was trained on. The first level shows it the
+    whole image; a view of a quarter of the area wants cells half as large, and so on. Between two
+    levels the share is linear in the logarithm of the scale.
+    """
+    rows_cols = maps.grids.float().prod(2)
+    sides = maps.windows[..., 2:] - maps.windows[..., :2]
+    scale = (rows_cols / sides.prod(2)).log() / 2  # log of cells per image side
+    zoom = torch.linalg.det(views[:, :, :2].float()).abs().clamp(min=1e-6).log() / 2
+    wanted = scale[:, 0] - zoom
+    last = scale.shape[1] - 1
+    upper = (scale < wanted[:, None]).sum(1).clamp(min=min(1, last), max=last)
+    lower = (upper - 1).clamp(min=0)
+    low, high = (scale.gather(1, level[:, None])[:, 0] for level in (lower, upper))
+    blend = ((wanted - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return lower, upper, blend
+
+
+def _sample_level(
+    maps: PaletteMaps,
+    level: Int64[Tensor, " b"],
+    views: Float[Tensor, "b 2 3"],
+    grid: tuple[int, int],
+    fill: Fill,
+) -> _Sampled:
+    """Read one level of each image: mean logits of every token and of the whole view."""
+    planes = _expand(maps, level, fill)
+    units, inside = _points_on_maps(maps, level, views, grid)
+    # padding_mode is never used: points are already clamped to the outermost cell centres.
+    sampled = F.grid_sample(planes, units, mode="bilinear", align_corners=False)
+    sums = _sum_per_token(sampled * inside[:, None])
+    counts = _sum_per_token(inside[:, None])[:, 0]
+    unused = torch.arange(planes.shape[1], device=planes.device) >= maps.palette_sizes[:, None]
+    unused[:, -1] = False
+    tokens = sums / counts.clamp(min=1)[:, None]
+    view = sums.sum(2) / counts.sum(1).clamp(min=1)[:, None]
+    return _Sampled(
+        tokens=tokens.transpose(1, 2).masked_fill(unused[:, None], -torch.inf),
+        view=view.masked_fill(unused, -torch.inf),
+        counts=counts,
+        outside=(maps.num_classes - maps.palette_sizes).log(),
+    )
+
+
+def _blend(lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"]) -> _Sampled:
+    """Mix two levels log-linearly; where only one of them saw the token, take that one."""
+
+    def mix(
+        low: Float32[Tensor, "b *n v"],
+        high: Float32[Tensor, "b *n v"],
+        part: Float32[Tensor, "b *n"],
+    ) -> Float32[Tensor, "b *n v"]:
+        outside = lower.outside.reshape(-1, *[1] * (low.ndim - 2))
+        low, high = (x - _log_total(x, outside)[..., None] for x in (low, high))
+        return torch.where(low.isinf(), low, low.lerp(high, part[..., None]))
+
+    low_counts = (1 - share)[:, None] * lower.counts
+    high_counts = share[:, None] * upper.counts
+    counts = low_counts + high_counts
+    part = high_counts / counts.clamp(min=1e-6)
+    view_part = high_counts.sum(1) / counts.sum(1).clamp(min=1e-6)
+    return _Sampled(
+        tokens=mix(lower.tokens, upper.tokens, part),
+        view=mix(lower.view, upper.view, view_part),
+        counts=counts,
+        outside=lower.outside,
+    )
+
+
+def _expand(
+    maps: PaletteMaps, level: Int64[Tensor, " b"], fill: Fill
+) -> Float32[Tensor, "b v mh mw"]:
+    """One plane of logits per palette class, and as last plane the fill itself; v = u + 1."""
+    image = torch.arange(len(level), device=level.device)
+    scores = maps.scores[image, level].float()
     if fill == "zero":
-        return torch.zeros_like(maps.scores[:, 0], dtype=torch.float32)
-    if maps.log_normalizer is None:
+        outside = torch.zeros_like(scores[:, :1])
+    elif maps.log_normalizer is None:
         raise ValueError(
             "these label maps keep no log_normalizer, so the teacher's remaining mass is unknown: "
             "use fill = 'zero' (the published choice) or make the labels anew"
         )
-    log_normalizer = maps.log_normalizer.float()
-    kept = (maps.scores.float() - log_normalizer[:, None]).exp().sum(1)
-    num_outside = max(maps.num_classes - maps.scores.shape[1], 1)
+    else:
+        log_normalizer = maps.log_normalizer[image, level].float()[:, None]
+        outside = _residual_logit(scores, log_normalizer, maps.num_classes)
+    planes = outside.repeat(1, maps.palette.shape[1] + 1, 1, 1)
+    # Padded cells hold index 0 k times over; they are never read, so it does not matter which wins.
+    return planes.scatter_(1, maps.indices[image, level].long(), scores)
+
+
+def _residual_logit(
+    scores: Float32[Tensor, "b k mh mw"],
+    log_normalizer: Float32[Tensor, "b 1 mh mw"],
+    num_classes: int,
+) -> Float32[Tensor, "b 1 mh mw"]:
+    """The logit that spreads a cell's remaining mass evenly over the classes outside its top-k."""
+    kept = (scores - log_normalizer).exp().sum(1, keepdim=True)
     # float16 leaves the mass uncertain by about half a percent; a floor keeps the logarithm finite.
     residual = (1 - kept).clamp(min=1e-4)
-    return (residual / num_outside).log() + log_normalizer
-
-
-def _expand(maps: PaletteMaps, fill: Fill) -> Float32[Tensor, "b v mh mw"]:
-    """One plane of logits per palette class, and as last plane the fill itself; v = u + 1."""
-    outside = fill_logits(maps, fill)
-    planes = outside[:, None].repeat(1, maps.palette.shape[1] + 1, 1, 1)
-    # Padded cells hold index 0 k times over; they are never read, so it does not matter which wins.
-    return planes.scatter_(1, maps.indices.long(), maps.scores.float())
+    return (residual / max(num_classes - scores.shape[1], 1)).log() + log_normalizer
 
 
 def _points_on_maps(
-    maps: PaletteMaps, views: Float[Tensor, "b 2 3"], grid: tuple[int, int]
+    maps: PaletteMaps,
+    level: Int64[Tensor, " b"],
+    views: Float[Tensor, "b 2 3"],
+    grid: tuple[int, int],
 ) -> tuple[Float32[Tensor, "b ph pw 2"], Float32[Tensor, "b ph pw"]]:
     """Where the tokens' points fall on the padded maps (grid_sample's units), and whether inside.
 
     ph = rows · SAMPLES_PER_SIDE, pw = cols · SAMPLES_PER_SIDE.
     """
+    image = torch.arange(len(level), device=level.device)
+    window = maps.windows[image, level][:, None]
+    cells = maps.grids[image, level].flip(1)[:, None].float()  # (cols, rows), as x comes first
     in_image = apply_view(views.float(), token_points(grid).to(views.device))
-    low, high = maps.windows[:, None, :2], maps.windows[:, None, 2:]
-    in_window = (in_image - low) / (high - low)
+    in_window = (in_image - window[..., :2]) / (window[..., 2:] - window[..., :2])
     inside = ((in_window >= -_EDGE) & (in_window <= 1 + _EDGE)).all(2)
-    cells = maps.grids.flip(1)[:, None].float()  # (cols, rows), as x comes first
     # Inside the window the outermost half cell repeats the edge; padding is never touched.
     on_map = (in_window * cells).clamp(min=0.5).minimum(cells - 0.5)
-    _, _, mh, mw = maps.scores.shape
+    mh, mw = maps.scores.shape[-2:]
     units = on_map * 2 / torch.tensor([mw, mh], device=views.device) - 1
     shape = (len(views), grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
     return units.reshape(*shape, 2), inside.reshape(shape).float()
 
 
-def _sum_per_token(
-    values: Float[Tensor, "b v ph pw"], grid: tuple[int, int]
-) -> Float[Tensor, "b v n"]:
+def _sum_per_token(values: Float[Tensor, "b v ph pw"]) -> Float[Tensor, "b v n"]:
     return F.avg_pool2d(values, SAMPLES_PER_SIDE, divisor_override=1).flatten(2)
 
 
+def _log_total(
+    logits: Float32[Tensor, "*b v"], outside: Float32[Tensor, "*#b"]
+) -> Float32[Tensor, "*b"]:
+    """Logsumexp over the palette and over all classes outside it, which share the last logit."""
+    return torch.logaddexp(logits[..., :-1].logsumexp(-1), logits[..., -1] + outside)
+
+
 def _softmax(
-    logits: Float[Tensor, "*b v"],
-    in_palette: Bool[Tensor, "*#b u"],
-    num_outside: Int64[Tensor, "*b"],
+    logits: Float32[Tensor, "*b v"], outside: Float32[Tensor, "*#b"]
 ) -> tuple[Float32[Tensor, "*b u"], Float32[Tensor, "*b"]]:
-    """Softmax over the palette and num_outside classes that share the last logit."""
-    palette, outside = logits[..., :-1], logits[..., -1]
-    palette = palette.masked_fill(~in_palette, -torch.inf)
-    log_total = torch.logaddexp(palette.logsumexp(-1), outside + num_outside.log())
-    background = (outside - log_total).exp()
-    return (
-        torch.where(in_palette, (palette - log_total[..., None]).exp(), background[..., None]),
-        background,
-    )
+    """Probabilities of the palette, padding at the background's, and the background itself."""
+    log_total = _log_total(logits, outside)
+    background = (logits[..., -1] - log_total).exp()
+    palette = logits[..., :-1]
+    probabilities = (palette - log_total[..., None]).exp()
+    return torch.where(palette.isinf(), background[..., None], probabilities), background

@@ -115,22 +115,22 @@ class LabelMap:
 
 
 class PaletteArrays(NamedTuple):
-    """A batch of one-level maps, each on its own palette, padded to the largest.
+    """The label maps of a batch of images, each image on its own palette, padded to the largest.
 
-    b maps, u the largest palette, mh and mw the largest grid. Padding is 0 everywhere.
+    b images, l levels each, u the largest palette, mh and mw the largest grid. Padding is 0.
     """
 
     palette: Int64[np.ndarray, "b u"]
-    """Distinct classes of each map, ascending, then padding."""
+    """Distinct classes of each image's maps, ascending, then padding."""
     palette_sizes: Int64[np.ndarray, " b"]
-    indices: Int32[np.ndarray, "b k mh mw"]
-    """Position of each cell's classes in its map's palette."""
-    scores: Float16[np.ndarray, "b k mh mw"]
-    log_normalizer: Float16[np.ndarray, "b mh mw"] | None
+    indices: Int32[np.ndarray, "b l k mh mw"]
+    """Position of each cell's classes in its image's palette."""
+    scores: Float16[np.ndarray, "b l k mh mw"]
+    log_normalizer: Float16[np.ndarray, "b l mh mw"] | None
     """None as soon as one map of the batch has none."""
-    grids: Int64[np.ndarray, "b 2"]
+    grids: Int64[np.ndarray, "b l 2"]
     """(rows, cols) of each map before padding."""
-    windows: Float32[np.ndarray, "b 4"]
+    windows: Float32[np.ndarray, "b l 4"]
     num_classes: int
 
 
@@ -191,10 +191,10 @@ def decode(data: bytes) -> tuple[LabelMap, ...]:
 
 
 def decode_batch(batch: Sequence[bytes]) -> PaletteArrays:
-    """Read many one-level maps into padded arrays, without a Python loop over cells.
+    """Read the maps of many images into padded arrays, without a Python loop over cells.
 
     Raises:
-        LabelMapError: If one of them is damaged, has several levels, or if k or num_classes
+        LabelMapError: If one of them is damaged, or if k, num_classes or the number of levels
             differ; the message gives the position in the batch.
     """
     unpacked = []
@@ -202,46 +202,64 @@ def decode_batch(batch: Sequence[bytes]) -> PaletteArrays:
     for position, data in enumerate(batch):
         try:
             unpacked.append(_unpack(data, decompressor))
-            if len(unpacked[-1][0].levels) != 1:
-                raise LabelMapError(f"{len(unpacked[-1][0].levels)} levels; one is expected")
         except LabelMapError as error:
             raise LabelMapError(f"label map {position} of the batch: {error}") from error
     headers = [header for header, _ in unpacked]
     arrays = _empty_arrays(
-        [header.levels[0] for header in headers],
+        [header.levels for header in headers],
         [header.palette_size for header in headers],
         ks={header.k for header in headers},
         class_counts={header.num_classes for header in headers},
         has_normalizer=all(header.has_normalizer for header in headers),
     )
+    # Maps of one shape are decoded together, whichever images and levels they belong to.
+    groups: dict[tuple, list[_Section]] = {}
     for position, (header, payload) in enumerate(unpacked):
         arrays.palette[position, : header.palette_size] = _palette(header, payload)
-    groups: dict[tuple, list[int]] = {}
-    for position, header in enumerate(headers):
-        groups.setdefault((header.flags, header.levels[0].grid), []).append(position)
-    for positions in groups.values():
-        _fill_group(arrays, positions, [unpacked[position] for position in positions])
+        start = 4 * header.palette_size
+        for index, level in enumerate(header.levels):
+            end = start + header.section_bytes(level)
+            section = _Section(position, index, payload[start:end])
+            groups.setdefault((header.flags, header.k, level.grid), []).append(section)
+            start = end
+    for sections in groups.values():
+        _fill_group(arrays, headers[sections[0].position], sections)
     return arrays
 
 
-def to_arrays(maps: Sequence[LabelMap]) -> PaletteArrays:
-    """Pad label maps of several images into one batch; what decode_batch does from bytes."""
-    palettes = [np.unique(label_map.classes) for label_map in maps]
+def to_arrays(images: Sequence[LabelMap | Sequence[LabelMap]]) -> PaletteArrays:
+    """Pad the label maps of several images into one batch; what decode_batch does from bytes.
+
+    Args:
+        images: The map of each image, or its levels; every image has as many.
+    """
+    pyramids = [[image] if isinstance(image, LabelMap) else list(image) for image in images]
+    palettes = [np.unique(np.concatenate([m.classes.ravel() for m in ms])) for ms in pyramids]
+    everything = [label_map for pyramid in pyramids for label_map in pyramid]
     arrays = _empty_arrays(
-        [_Level(label_map.grid, label_map.window) for label_map in maps],
+        [[_Level(m.grid, m.window) for m in pyramid] for pyramid in pyramids],
         [palette.size for palette in palettes],
-        ks={label_map.k for label_map in maps},
-        class_counts={label_map.num_classes for label_map in maps},
-        has_normalizer=all(label_map.log_normalizer is not None for label_map in maps),
+        ks={m.k for m in everything},
+        class_counts={m.num_classes for m in everything},
+        has_normalizer=all(m.log_normalizer is not None for m in everything),
     )
-    for i, (label_map, palette) in enumerate(zip(maps, palettes)):
-        rows, cols = label_map.grid
+    for i, (pyramid, palette) in enumerate(zip(pyramids, palettes)):
         arrays.palette[i, : palette.size] = palette
-        arrays.indices[i, :, :rows, :cols] = np.searchsorted(palette, label_map.classes)
-        arrays.scores[i, :, :rows, :cols] = label_map.scores
-        if arrays.log_normalizer is not None and label_map.log_normalizer is not None:
-            arrays.log_normalizer[i, :rows, :cols] = label_map.log_normalizer
+        for j, label_map in enumerate(pyramid):
+            rows, cols = label_map.grid
+            arrays.indices[i, j, :, :rows, :cols] = np.searchsorted(palette, label_map.classes)
+            arrays.scores[i, j, :, :rows, :cols] = label_map.scores
+            if arrays.log_normalizer is not None and label_map.log_normalizer is not None:
+                arrays.log_normalizer[i, j, :rows, :cols] = label_map.log_normalizer
     return arrays
+
+
+class _Section(NamedTuple):
+    """The uncompressed bytes of one level, and where it belongs in the batch."""
+
+    position: int
+    level: int
+    data: bytes
 
 
 class _Level(NamedTuple):
@@ -362,15 +380,13 @@ def _cells(
     return indices, _from_monotone(monotone), normalizer
 
 
-def _fill_group(
-    arrays: PaletteArrays, positions: list[int], members: list[tuple[_Header, bytes]]
-) -> None:
-    """Decode maps of one shape and write them at their positions of the batch."""
-    header = members[0][0]
-    level = header.levels[0]
-    rows, cols = level.grid
-    sections = b"".join(payload[4 * head.palette_size :] for head, payload in members)
-    indices, scores, normalizer = _cells(sections, len(members), header, level)
+def _fill_group(arrays: PaletteArrays, header: _Header, sections: list[_Section]) -> None:
+    """Decode maps of one shape, which `header` has too, and write them into the batch."""
+    level = header.levels[sections[0].level]
+    data = b"".join(section.data for section in sections)
+    indices, scores, normalizer = _cells(data, len(sections), header, level)
+    positions = np.array([section.position for section in sections])
+    levels = np.array([section.level for section in sections])
     too_large = indices.max(axis=(1, 2, 3)) >= arrays.palette_sizes[positions]
     if too_large.any():
         raise LabelMapError(
@@ -378,38 +394,38 @@ def _fill_group(
             "a palette index lies beyond its palette"
         )
     _check_distinct(indices)
-    arrays.indices[positions, :, :rows, :cols] = indices
-    arrays.scores[positions, :, :rows, :cols] = scores
+    rows, cols = level.grid
+    arrays.indices[positions, levels, :, :rows, :cols] = indices
+    arrays.scores[positions, levels, :, :rows, :cols] = scores
     if arrays.log_normalizer is not None:
-        arrays.log_normalizer[positions, :rows, :cols] = normalizer
+        arrays.log_normalizer[positions, levels, :rows, :cols] = normalizer
 
 
 def _empty_arrays(
-    levels: list[_Level],
+    pyramids: Sequence[Sequence[_Level]],
     palette_sizes: list[int],
     *,
     ks: set[int],
     class_counts: set[int],
     has_normalizer: bool,
 ) -> PaletteArrays:
-    if len(ks) != 1 or len(class_counts) != 1:
+    num_levels = {len(pyramid) for pyramid in pyramids}
+    if max(len(ks), len(class_counts), len(num_levels)) > 1:
         raise LabelMapError(
-            f"maps of different kinds in one batch: k {sorted(ks)}, classes {sorted(class_counts)}"
+            f"maps of different kinds in one batch: k {sorted(ks)}, "
+            f"classes {sorted(class_counts)}, levels {sorted(num_levels)}"
         )
-    num_maps = len(levels)
-    max_rows = max(level.grid[0] for level in levels)
-    max_cols = max(level.grid[1] for level in levels)
-    shape = (num_maps, ks.pop(), max_rows, max_cols)
+    grids = np.array([[level.grid for level in pyramid] for pyramid in pyramids], np.int64)
+    windows = np.array([[level.window for level in pyramid] for pyramid in pyramids], np.float32)
+    padded = (*grids.shape[:2], ks.pop(), *grids.max(axis=(0, 1)).tolist())
     return PaletteArrays(
-        palette=np.zeros((num_maps, max(palette_sizes)), np.int64),
+        palette=np.zeros((len(pyramids), max(palette_sizes)), np.int64),
         palette_sizes=np.array(palette_sizes, np.int64),
-        indices=np.zeros(shape, np.int32),
-        scores=np.zeros(shape, np.float16),
-        log_normalizer=np.zeros((num_maps, max_rows, max_cols), np.float16)
-        if has_normalizer
-        else None,
-        grids=np.array([level.grid for level in levels], np.int64),
-        windows=np.array([level.window for level in levels], np.float32),
+        indices=np.zeros(padded, np.int32),
+        scores=np.zeros(padded, np.float16),
+        log_normalizer=np.zeros(padded[:2] + padded[3:], np.float16) if has_normalizer else None,
+        grids=grids,
+        windows=windows,
         num_classes=class_counts.pop(),
     )
 
@@ -523,7 +539,16 @@ def _check_levels(levels: Sequence[LabelMap]) -> LabelMap:
     kinds = {(m.k, m.num_classes, m.log_normalizer is not None) for m in levels}
     if len(kinds) != 1:
         raise LabelMapError(f"levels differ in (k, num_classes, has log_normalizer): {kinds}")
+    densities = [math.prod(m.grid) / _area(m.window) for m in levels]
+    if any(finer <= coarser for coarser, finer in zip(densities, densities[1:])):
+        raise LabelMapError(
+            f"levels of {[m.grid for m in levels]} cells; each must be finer than the one before"
+        )
     return levels[0]
+
+
+def _area(window: tuple[float, ...]) -> float:
+    return (window[2] - window[0]) * (window[3] - window[1])
 
 
 def _check_counts(k: int, rows: int, cols: int, num_classes: int) -> None:

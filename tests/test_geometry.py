@@ -246,6 +246,51 @@ def test_residual_fill_keeps_the_teachers_probabilities_and_zero_fill_depends_on
     assert (zero[0] - zero[1]).abs().max() > 0.05
 
 
+def test_a_pyramid_blends_the_two_levels_nearest_to_the_views_zoom():
+    rng = np.random.default_rng(9)
+    levels = [random_map(rng, grid=g) for g in [(4, 4), (8, 8), (16, 16)]]
+
+    def tokens(maps: list[LabelMap], side: float) -> torch.Tensor:
+        view = crop_view(torch.tensor([[0.1, 0.1, 0.1 + side, 0.1 + side]]))
+        batch = PaletteMaps.from_label_maps([maps])
+        return sample_targets(batch, view, (3, 3)).dense_tokens()[0].double()
+
+    # A view of half the image's side wants cells half as large: exactly the second level.
+    torch.testing.assert_close(tokens(levels, 0.5), tokens(levels[1:2], 0.5), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(tokens(levels, 0.25), tokens(levels[2:], 0.25), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(tokens(levels, 0.1), tokens(levels[2:], 0.1), atol=1e-6, rtol=1e-4)
+    # Halfway in the logarithm, both count alike: the normalised geometric mean.
+    side = 0.5**1.5
+    between = (tokens(levels[1:2], side).log() + tokens(levels[2:], side).log()) / 2
+    torch.testing.assert_close(tokens(levels, side), between.softmax(1), atol=1e-6, rtol=1e-4)
+
+
+def test_a_pyramid_of_views_in_one_batch_equals_the_views_one_by_one():
+    rng = np.random.default_rng(10)
+    pyramids = [[random_map(rng, grid=g) for g in [(3, 4), (6, 9)]] for _ in range(4)]
+    views = crop_view(random_boxes(rng, 4))
+    together = sample_targets(PaletteMaps.from_label_maps(pyramids), views, (2, 3)).dense_tokens()
+    for i, pyramid in enumerate(pyramids):
+        alone = sample_targets(
+            PaletteMaps.from_label_maps([pyramid]), views[i : i + 1], (2, 3)
+        ).dense_tokens()
+        torch.testing.assert_close(together[i : i + 1], alone)
+    torch.testing.assert_close(together.sum(2), torch.ones(4, 6))
+
+
+def test_a_level_that_does_not_see_a_token_leaves_it_to_the_other():
+    rng = np.random.default_rng(11)
+    whole = random_map(rng, grid=(4, 4))
+    middle = random_map(rng, grid=(8, 8), window=(0.25, 0.25, 0.75, 0.75))
+    view = crop_view(torch.tensor([[0.0, 0.0, 0.5, 0.5]]))
+    batch = PaletteMaps.from_label_maps([[whole, middle]])
+    both = sample_targets(batch, view, (2, 2))
+    coarse = sample_targets(PaletteMaps.from_label_maps([whole]), view, (2, 2))
+    assert both.token_weight.tolist() == [[1, 1, 1, 1]]
+    torch.testing.assert_close(both.dense_tokens()[0, :3], coarse.dense_tokens()[0, :3])
+    assert not torch.allclose(both.dense_tokens()[0, 3], coarse.dense_tokens()[0, 3])
+
+
 def test_residual_fill_without_a_normalizer_says_what_to_do():
     maps = PaletteMaps.from_label_maps([random_map(np.random.default_rng(6), normalizer=False)])
     whole = crop_view(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))

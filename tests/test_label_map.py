@@ -78,8 +78,21 @@ def test_batch_decoding_equals_decoding_one_by_one():
         np.testing.assert_array_equal(got, want, err_msg=name)
     for i, m in enumerate(maps):
         rows, cols = m.grid
-        read = batch.palette[i][batch.indices[i, :, :rows, :cols]]
+        read = batch.palette[i][batch.indices[i, 0, :, :rows, :cols]]
         np.testing.assert_array_equal(read, m.classes)
+
+
+def test_pyramids_decode_in_batches_too():
+    rng = np.random.default_rng(8)
+    pyramids = [
+        [random_map(rng, grid=(4, 6)), random_map(rng, grid=(9, 13))],
+        [random_map(rng, grid=(5, 5)), random_map(rng, grid=(4, 6), window=(0.0, 0.0, 0.5, 0.5))],
+    ]
+    batch, expected = decode_batch([encode(levels) for levels in pyramids]), to_arrays(pyramids)
+    for name, got, want in zip(batch._fields, batch, expected):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+    with pytest.raises(LabelMapError, match=r"levels \[1, 2\]"):
+        decode_batch([encode(pyramids[0]), encode(pyramids[0][0])])
 
 
 def test_one_map_without_normalizer_leaves_the_batch_without():
@@ -241,6 +254,8 @@ def test_levels_that_do_not_belong_together_are_refused():
     rng = np.random.default_rng(6)
     with pytest.raises(LabelMapError, match="levels differ"):
         encode([random_map(rng, k=5), random_map(rng, k=4)])
+    with pytest.raises(LabelMapError, match="each must be finer than the one before"):
+        encode([random_map(rng, grid=(8, 8)), random_map(rng, grid=(8, 8))])
     with pytest.raises(LabelMapError, match="0 levels"):
         encode([])
 
