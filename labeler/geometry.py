@@ -317,7 +317,7 @@ def _expand(
         )
     else:
         log_normalizer = maps.log_normalizer[image, level].float()[:, None]
-        outside = _residual_logit(scores, log_normalizer, maps.num_classes)
+        outside = _residual_logit(scores, maps.indices[image, level], log_normalizer, maps)
     planes = outside.repeat(1, maps.palette.shape[1] + 1, 1, 1)
     # Padded cells hold index 0 k times over; they are never read, so it does not matter which wins.
     return planes.scatter_(1, maps.indices[image, level].long(), scores)
@@ -325,14 +325,18 @@ def _expand(
 
 def _residual_logit(
     scores: Float32[Tensor, "b k mh mw"],
+    indices: Int32[Tensor, "b k mh mw"],
     log_normalizer: Float32[Tensor, "b 1 mh mw"],
-    num_classes: int,
+    maps: PaletteMaps,
 ) -> Float32[Tensor, "b 1 mh mw"]:
     """The logit that spreads a cell's remaining mass evenly over the classes outside its top-k."""
-    kept = (scores - log_normalizer).exp().sum(1, keepdim=True)
+    mass = (scores - log_normalizer).exp()
+    # A cell that keeps fewer than k classes repeats its last one; that counts once.
+    mass[:, 1:] *= indices[:, 1:] != indices[:, :-1]
+    num_kept = 1 + (indices[:, 1:] != indices[:, :-1]).sum(1, keepdim=True)
     # float16 leaves the mass uncertain by about half a percent; a floor keeps the logarithm finite.
-    residual = (1 - kept).clamp(min=1e-4)
-    return (residual / max(num_classes - scores.shape[1], 1)).log() + log_normalizer
+    residual = (1 - mass.sum(1, keepdim=True)).clamp(min=1e-4)
+    return (residual / (maps.num_classes - num_kept).clamp(min=1)).log() + log_normalizer
 
 
 def _points_on_maps(

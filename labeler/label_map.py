@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 import zstandard
-from jaxtyping import Float16, Float32, Int32, Int64, UInt16, UInt32
+from jaxtyping import Float16, Float32, Int32, Int64, Shaped, UInt8, UInt16, UInt32
 
 MAGIC = b"\x89TLM"
 VERSION = 1
@@ -29,8 +29,11 @@ MAX_PAYLOAD_BYTES = 1 << 26
 
 _HAS_NORMALIZER = 1
 _WIDE_CODES = 2
+_BYTE_SCORES = 4
+_EMPTY_RANKS = 8
 _HEADER = struct.Struct("<4sBBBBIII")  # magic, version, flags, levels, k, classes-1, palette, crc
 _LEVEL = struct.Struct("<HH4f")  # rows, cols, window
+_STEPS = struct.Struct("<4f")  # of 8-bit scores, see _Steps
 _CRC_OFFSET = 16
 _ZSTD_LEVEL = 3
 _MAX_WINDOW_BYTES = 1 << 23
@@ -44,6 +47,8 @@ class LabelMapError(ValueError):
 class LabelMap:
     """A teacher's top-k scores on a grid of cells over one image.
 
+    A cell that keeps fewer than k classes repeats its last class and score to the end.
+
     Raises:
         LabelMapError: If shapes disagree, a score is not finite, scores do not descend along k,
             a class is out of range or twice in one cell, or the window is empty.
@@ -52,7 +57,7 @@ class LabelMap:
     scores: Float16[np.ndarray, "k rows cols"]
     """Raw teacher logits, descending along k."""
     classes: UInt32[np.ndarray, "k rows cols"]
-    """Class ids, each below num_classes, distinct within a cell."""
+    """Class ids, each below num_classes, distinct within a cell but for repeats of the last."""
     num_classes: int
     """Number of classes the teacher chose from, 1 to 2**32."""
     log_normalizer: Float16[np.ndarray, "rows cols"] | None = None
@@ -82,8 +87,8 @@ class LabelMap:
             raise LabelMapError(
                 f"class {int(self.classes.max())} is not below num_classes {self.num_classes}"
             )
-        _check_distinct(self.classes[None])
         _check_scores(_monotone(self.scores)[None])
+        _check_distinct(self.classes[None], self.scores[None])
         if self.log_normalizer is not None:
             _check_finite(_monotone(self.log_normalizer), "log_normalizer")
 
@@ -134,48 +139,87 @@ class PaletteArrays(NamedTuple):
     num_classes: int
 
 
-def encode(levels: LabelMap | Sequence[LabelMap]) -> bytes:
-    """Turn the label map of one image into bytes; lossless.
+def encode(
+    levels: LabelMap | Sequence[LabelMap], *, score_bits: int = 16, dictionary: bytes | None = None
+) -> bytes:
+    """Turn the label map of one image into bytes; lossless with 16-bit scores.
 
     Args:
         levels: One map, or several of one image made at rising teacher scales. All levels share
             k, num_classes and whether they have a log_normalizer.
+        score_bits: 16, or 8: scores and log_normalizer are rounded to 255 steps between the file's
+            extremes.
+        dictionary: A zstd dictionary (train_dictionary); reading needs the same one.
 
     Raises:
         LabelMapError: If the levels do not belong together.
     """
+    if score_bits not in (8, 16):
+        raise LabelMapError(f"score_bits = {score_bits}; allowed: 8, 16")
     levels = [levels] if isinstance(levels, LabelMap) else list(levels)
     first = _check_levels(levels)
     palette = np.unique(np.concatenate([level.classes.ravel() for level in levels]))
-    codes = [_neighbor_codes(np.searchsorted(palette, level.classes)) for level in levels]
+    indices = [np.searchsorted(palette, level.classes) for level in levels]
+    empty_ranks = any((index[1:] == index[:-1]).any() for index in indices)
+    codes = [_neighbor_codes(index, empty_ranks) for index in indices]
     wide = max(int(code.max()) for code in codes) > 255
+    steps = _Steps.of(levels) if score_bits == 8 else None
     blocks = [b"".join(_planes(np.diff(palette, prepend=np.uint32(0)), 4))]
     for level, code in zip(levels, codes):
         blocks += _planes(code, 2 if wide else 1)
-        blocks += _planes(_rank_gaps(_monotone(level.scores)), 2)
-        if level.log_normalizer is not None:
-            blocks += _planes(_monotone(level.log_normalizer) - _monotone(level.scores[0]), 2)
-    flags = _HAS_NORMALIZER * (first.log_normalizer is not None) | _WIDE_CODES * wide
+        blocks += _score_planes(level) if steps is None else steps.planes(level)
+    flags = (
+        _HAS_NORMALIZER * (first.log_normalizer is not None)
+        | _WIDE_CODES * wide
+        | _BYTE_SCORES * (steps is not None)
+        | _EMPTY_RANKS * empty_ranks
+    )
     head = (MAGIC, VERSION, flags, len(levels), first.k, first.num_classes - 1, palette.size)
     body = b"".join(_LEVEL.pack(*level.grid, *level.window) for level in levels)
-    body += _compress(blocks)
+    body += b"" if steps is None else _STEPS.pack(*steps)
+    body += _compress(blocks, dictionary)
     return _HEADER.pack(*head, _crc(_HEADER.pack(*head, 0), body)) + body
 
 
-def decode(data: bytes) -> tuple[LabelMap, ...]:
+def train_dictionary(samples: Sequence[bytes], *, size_bytes: int = 16_384) -> bytes:
+    """Train a zstd dictionary on encoded maps of one set, for encode and decode.
+
+    Raises:
+        LabelMapError: If the samples are too few or too small to train on.
+    """
+    decompressor = _decompressor(None)
+    payloads = [_unpack(data, decompressor)[1] for data in samples]
+    try:
+        trained = zstandard.train_dictionary(
+            size_bytes,
+            payloads,  # pyright: ignore[reportArgumentType]: its stub takes list[ByteString] alone
+            level=_ZSTD_LEVEL,
+        )
+    except zstandard.ZstdError as error:
+        raise LabelMapError(
+            f"no dictionary can be trained on {len(samples)} label maps: {error}"
+        ) from error
+    return trained.as_bytes()
+
+
+def decode(data: bytes, *, dictionary: bytes | None = None) -> tuple[LabelMap, ...]:
     """Read the label maps of one image, one per level.
+
+    Args:
+        data: What encode made.
+        dictionary: The one that encode was given, if any.
 
     Raises:
         LabelMapError: Whatever the bytes are, nothing else is raised.
     """
-    header, payload = _unpack(data, zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES))
+    header, payload = _unpack(data, _decompressor(dictionary))
     palette = _palette(header, payload)
     maps = []
     start = 4 * header.palette_size
     for level in header.levels:
         section = payload[start : start + header.section_bytes(level)]
         start += len(section)
-        indices, scores, normalizer = _cells(section, 1, header, level)
+        indices, scores, normalizer = _cells(section, 1, header, level, header.own_steps)
         if int(indices.max()) >= header.palette_size:
             raise LabelMapError(f"palette index {indices.max()} of {header.palette_size} classes")
         maps.append(
@@ -190,15 +234,19 @@ def decode(data: bytes) -> tuple[LabelMap, ...]:
     return tuple(maps)
 
 
-def decode_batch(batch: Sequence[bytes]) -> PaletteArrays:
+def decode_batch(batch: Sequence[bytes], *, dictionary: bytes | None = None) -> PaletteArrays:
     """Read the maps of many images into padded arrays, without a Python loop over cells.
+
+    Args:
+        batch: What encode made, per image.
+        dictionary: The one that encode was given, if any.
 
     Raises:
         LabelMapError: If one of them is damaged, or if k, num_classes or the number of levels
             differ; the message gives the position in the batch.
     """
     unpacked = []
-    decompressor = zstandard.ZstdDecompressor(max_window_size=_MAX_WINDOW_BYTES)
+    decompressor = _decompressor(dictionary)
     for position, data in enumerate(batch):
         try:
             unpacked.append(_unpack(data, decompressor))
@@ -219,11 +267,11 @@ def decode_batch(batch: Sequence[bytes]) -> PaletteArrays:
         start = 4 * header.palette_size
         for index, level in enumerate(header.levels):
             end = start + header.section_bytes(level)
-            section = _Section(position, index, payload[start:end])
+            section = _Section(position, index, header, payload[start:end])
             groups.setdefault((header.flags, header.k, level.grid), []).append(section)
             start = end
     for sections in groups.values():
-        _fill_group(arrays, headers[sections[0].position], sections)
+        _fill_group(arrays, sections)
     return arrays
 
 
@@ -259,6 +307,7 @@ class _Section(NamedTuple):
 
     position: int
     level: int
+    header: "_Header"
     data: bytes
 
 
@@ -267,16 +316,62 @@ class _Level(NamedTuple):
     window: tuple[float, float, float, float]
 
 
+class _Steps(NamedTuple):
+    """How 8-bit scores are spaced; the same quantities as _score_planes, a byte each."""
+
+    lowest_top: float
+    top: float
+    gap: float
+    normalizer: float
+
+    @staticmethod
+    def of(levels: Sequence[LabelMap]) -> "_Steps":
+        """Spread 255 steps over what these maps hold."""
+        tops = np.concatenate([level.scores[0].ravel() for level in levels]).astype(np.float32)
+        gaps = [-np.diff(level.scores.astype(np.float32), axis=0).ravel() for level in levels]
+        over = [
+            (level.log_normalizer.astype(np.float32) - level.scores[0]).ravel()
+            for level in levels
+            if level.log_normalizer is not None
+        ]
+        lowest, highest = float(tops.min()), float(tops.max())
+        widest = max((float(gap.max(initial=0)) for gap in gaps), default=0.0)
+        furthest = max((float(gap.max(initial=0)) for gap in over), default=0.0)
+        return _Steps(lowest, (highest - lowest) / 255, widest / 255, furthest / 255)
+
+    def planes(self, level: LabelMap) -> list[bytes]:
+        """Round to steps, each rank against the rounded one before, so that errors do not add."""
+        scores = level.scores.astype(np.float32)
+        rounded = _to_steps(scores[0] - np.float32(self.lowest_top), self.top)
+        planes = [rounded.tobytes()]
+        reached = top = np.float32(self.lowest_top) + np.float32(self.top) * rounded
+        for rank in range(1, level.k):
+            rounded = _to_steps(reached - scores[rank], self.gap)
+            reached = reached - np.float32(self.gap) * rounded
+            planes.append(rounded.tobytes())
+        gaps = [b"".join(planes)]
+        if level.log_normalizer is not None:
+            over = level.log_normalizer.astype(np.float32) - top
+            gaps.append(_to_steps(over, self.normalizer).tobytes())
+        return gaps
+
+
 class _Header(NamedTuple):
     flags: int
     k: int
     num_classes: int
     palette_size: int
     levels: tuple[_Level, ...]
+    steps: _Steps | None
 
     @property
     def has_normalizer(self) -> bool:
         return bool(self.flags & _HAS_NORMALIZER)
+
+    @property
+    def own_steps(self) -> list[_Steps]:
+        """The steps of 8-bit scores as a list of one; empty for 16-bit scores."""
+        return [] if self.steps is None else [self.steps]
 
     @property
     def code_bytes(self) -> int:
@@ -285,7 +380,9 @@ class _Header(NamedTuple):
     def section_bytes(self, level: _Level) -> int:
         """Bytes of one level's codes, scores and normaliser, before compression."""
         rows, cols = level.grid
-        return rows * cols * (self.k * (self.code_bytes + 2) + 2 * self.has_normalizer)
+        score_bytes = 2 if self.steps is None else 1
+        per_cell = self.k * (self.code_bytes + score_bytes) + score_bytes * self.has_normalizer
+        return rows * cols * per_cell
 
     @property
     def payload_bytes(self) -> int:
@@ -309,9 +406,10 @@ def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Hea
     body = data[_HEADER.size :]
     if _crc(data, body) != crc:
         raise LabelMapError("the checksum does not fit: the bytes are damaged or cut short")
-    if flags & ~(_HAS_NORMALIZER | _WIDE_CODES):
+    if flags & ~(_HAS_NORMALIZER | _WIDE_CODES | _BYTE_SCORES | _EMPTY_RANKS):
         raise LabelMapError(f"flags {flags:#x} are not known to version {VERSION}")
-    if num_levels == 0 or len(body) < num_levels * _LEVEL.size:
+    frame_at = num_levels * _LEVEL.size + (_STEPS.size if flags & _BYTE_SCORES else 0)
+    if num_levels == 0 or len(body) < frame_at:
         raise LabelMapError(f"{num_levels} levels do not fit in {len(body)} bytes")
     levels = []
     for i in range(num_levels):
@@ -319,14 +417,20 @@ def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Hea
         _check_counts(k, rows, cols, last_class + 1)
         _check_window(tuple(window))
         levels.append(_Level((rows, cols), tuple(window)))
-    header = _Header(flags, k, last_class + 1, palette_size, tuple(levels))
-    if not k <= palette_size <= header.num_classes:
+    steps = None
+    if flags & _BYTE_SCORES:
+        steps = _Steps(*_STEPS.unpack_from(body, num_levels * _LEVEL.size))
+        if not all(map(math.isfinite, steps)) or min(steps[1:]) < 0:
+            raise LabelMapError(f"{steps} are no steps of 8-bit scores")
+    header = _Header(flags, k, last_class + 1, palette_size, tuple(levels), steps)
+    smallest = 1 if flags & _EMPTY_RANKS else k
+    if not smallest <= palette_size <= header.num_classes:
         raise LabelMapError(f"a palette of {palette_size}, k {k}, {header.num_classes} classes")
     if header.payload_bytes > MAX_PAYLOAD_BYTES:
         raise LabelMapError(
             f"unpacks to {header.payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
         )
-    frame = body[num_levels * _LEVEL.size :]
+    frame = body[frame_at:]
     try:
         # A size in the frame's own header would override max_output_size.
         if zstandard.frame_content_size(frame) not in (-1, header.payload_bytes):
@@ -352,39 +456,39 @@ def _palette(header: _Header, payload: bytes) -> UInt32[np.ndarray, " u"]:
 
 
 def _cells(
-    sections: bytes, num_maps: int, header: _Header, level: _Level
+    sections: bytes, num_maps: int, header: _Header, level: _Level, steps: list[_Steps]
 ) -> tuple[
     Int64[np.ndarray, "b k rows cols"],
     Float16[np.ndarray, "b k rows cols"],
     Float16[np.ndarray, "b rows cols"] | None,
 ]:
-    """Decode the equal-sized sections of several maps at once: indices, scores, normaliser."""
+    """Decode the equal-sized sections of several maps at once: indices, scores, normaliser.
+
+    What may differ between the maps' headers comes in `steps`, one each, or none for 16-bit scores.
+    """
     shape = (header.k, *level.grid)
     num_codes = math.prod(shape)
     table = np.frombuffer(sections, np.uint8).reshape(num_maps, -1)
     scores_at = num_codes * header.code_bytes
     codes = _from_planes(table[:, :scores_at], num_maps, num_codes, header.code_bytes)
-    indices = _resolve(codes.reshape(num_maps, *shape))
-    gaps = _from_planes(table[:, scores_at : scores_at + 2 * num_codes], num_maps, num_codes, 2)
-    monotone = _from_rank_gaps(gaps.reshape(num_maps, *shape))
-    _check_scores(monotone)
-    normalizer = None
-    if header.has_normalizer:
-        rest = table[:, scores_at + 2 * num_codes :]
-        gap = _from_planes(rest, num_maps, math.prod(level.grid), 2)
-        total = (gap.astype(np.uint16) + monotone[:, 0].reshape(num_maps, -1)).reshape(
-            num_maps, *level.grid
+    indices = _resolve(codes.reshape(num_maps, *shape), bool(header.flags & _EMPTY_RANKS))
+    rest = table[:, scores_at:]
+    if steps:
+        scores, normalizer = _read_byte_scores(
+            rest, (num_maps, *shape), header.has_normalizer, steps
         )
-        _check_finite(total, "log_normalizer")
-        normalizer = _from_monotone(total)
-    return indices, _from_monotone(monotone), normalizer
+    else:
+        scores, normalizer = _read_scores(rest, (num_maps, *shape), header.has_normalizer)
+    return indices, scores, normalizer
 
 
-def _fill_group(arrays: PaletteArrays, header: _Header, sections: list[_Section]) -> None:
-    """Decode maps of one shape, which `header` has too, and write them into the batch."""
+def _fill_group(arrays: PaletteArrays, sections: list[_Section]) -> None:
+    """Decode maps of one shape and write them into the batch."""
+    header = sections[0].header
     level = header.levels[sections[0].level]
     data = b"".join(section.data for section in sections)
-    indices, scores, normalizer = _cells(data, len(sections), header, level)
+    steps = [step for section in sections for step in section.header.own_steps]
+    indices, scores, normalizer = _cells(data, len(sections), header, level, steps)
     positions = np.array([section.position for section in sections])
     levels = np.array([section.level for section in sections])
     too_large = indices.max(axis=(1, 2, 3)) >= arrays.palette_sizes[positions]
@@ -393,7 +497,7 @@ def _fill_group(arrays: PaletteArrays, header: _Header, sections: list[_Section]
             f"label map {positions[int(too_large.argmax())]} of the batch: "
             "a palette index lies beyond its palette"
         )
-    _check_distinct(indices)
+    _check_distinct(indices, scores)
     rows, cols = level.grid
     arrays.indices[positions, levels, :, :rows, :cols] = indices
     arrays.scores[positions, levels, :, :rows, :cols] = scores
@@ -440,65 +544,115 @@ def _from_monotone(codes: UInt16[np.ndarray, "*shape"]) -> Float16[np.ndarray, "
     return np.where(codes & 0x8000, codes ^ 0x8000, ~codes).view(np.float16)
 
 
-def _rank_gaps(monotone: UInt16[np.ndarray, "k rows cols"]) -> UInt16[np.ndarray, "k rows cols"]:
-    """The top-1, then how far each rank lies below the one before."""
-    return np.concatenate([monotone[:1], monotone[:-1] - monotone[1:]])
+def _score_planes(level: LabelMap) -> list[bytes]:
+    """The top-1, how far each rank lies below the one before, the normaliser above the top-1."""
+    monotone = _monotone(level.scores)
+    planes = _planes(np.concatenate([monotone[:1], monotone[:-1] - monotone[1:]]), 2)
+    if level.log_normalizer is not None:
+        planes += _planes(_monotone(level.log_normalizer) - monotone[0], 2)  # modulo 2**16
+    return planes
 
 
-def _from_rank_gaps(
-    gaps: UInt16[np.ndarray, "b k rows cols"],
-) -> UInt16[np.ndarray, "b k rows cols"]:
+def _read_scores(
+    table: UInt8[np.ndarray, "b bytes"], shape: tuple[int, ...], has_normalizer: bool
+) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
+    """Undo _score_planes for several maps of one (b, k, rows, cols)."""
+    num_maps, num_scores = shape[0], math.prod(shape[1:])
+    gaps = _from_planes(table[:, : 2 * num_scores], num_maps, num_scores, 2).reshape(shape)
     below_top = np.cumsum(gaps[:, 1:], axis=1, dtype=np.uint32)
     if (below_top > gaps[:, :1]).any():
         raise LabelMapError("a score falls below the lowest float16")
-    return np.concatenate([gaps[:, :1], gaps[:, :1] - below_top.astype(np.uint16)], axis=1)
+    top = gaps[:, :1]
+    monotone = np.concatenate([top, top - below_top.astype(np.uint16)], axis=1)
+    _check_scores(monotone)
+    if not has_normalizer:
+        return _from_monotone(monotone), None
+    cells = (num_maps, *shape[2:])
+    gap = _from_planes(table[:, 2 * num_scores :], num_maps, math.prod(shape[2:]), 2)
+    total = gap.reshape(cells) + monotone[:, 0]
+    _check_finite(total, "log_normalizer")
+    return _from_monotone(monotone), _from_monotone(total)
+
+
+def _read_byte_scores(
+    table: UInt8[np.ndarray, "b bytes"],
+    shape: tuple[int, ...],
+    has_normalizer: bool,
+    steps: list[_Steps],
+) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
+    """Undo _Steps.planes for several maps of one (b, k, rows, cols)."""
+    num_scores = math.prod(shape[1:])
+    lowest_top, top_step, gap_step, over_step = np.array(steps, np.float32).T.reshape(
+        4, -1, 1, 1, 1
+    )
+    counts = table[:, :num_scores].reshape(shape)
+    top = lowest_top + top_step * counts[:, :1]
+    below_top = gap_step * np.cumsum(counts[:, 1:], axis=1, dtype=np.float32)
+    scores = np.concatenate([top, top - below_top], axis=1)
+    _check_range(scores, "scores")
+    if not has_normalizer:
+        return scores.astype(np.float16), None
+    over = table[:, num_scores:].reshape(shape[0], *shape[2:])
+    normalizer = top[:, 0] + over_step[:, 0] * over
+    _check_range(normalizer, "log_normalizer")
+    return scores.astype(np.float16), normalizer.astype(np.float16)
+
+
+def _to_steps(values: Float32[np.ndarray, "..."], step: float) -> UInt8[np.ndarray, "..."]:
+    return np.clip(np.rint(values / (step or 1.0)), 0, 255).astype(np.uint8)
 
 
 def _neighbor_codes(
-    indices: Int64[np.ndarray, "k rows cols"],
+    indices: Int64[np.ndarray, "k rows cols"], empty_ranks: bool
 ) -> Int64[np.ndarray, "k rows cols"]:
     """Name each class by a neighbour's rank where one has it, else by its palette index.
 
-    0 … k-1: the class at that rank in the cell above; k … 2k-1: in the cell to the left;
-    from 2k on: palette index + 2k.
+    0 … k-1: the class at that rank in the cell above; k … 2k-1: in the cell to the left; from 2k
+    on: palette index + 2k. With empty_ranks, 2k says that the rank repeats the one before, and
+    palette indices start at 2k + 1.
     """
     k = indices.shape[0]
-    codes = indices + 2 * k
+    codes = indices + 2 * k + empty_ranks
     for rank in reversed(range(k)):
         left = indices[rank, :, :-1] == indices[:, :, 1:]
         codes[:, :, 1:][left] = k + rank
     for rank in reversed(range(k)):
         above = indices[rank, :-1] == indices[:, 1:]
         codes[:, 1:][above] = rank
+    if empty_ranks:
+        codes[1:][indices[1:] == indices[:-1]] = 2 * k
     return codes
 
 
 def _resolve(
-    codes: UInt16[np.ndarray, "b k rows cols"],
+    codes: UInt16[np.ndarray, "b k rows cols"], empty_ranks: bool
 ) -> Int64[np.ndarray, "b k rows cols"]:
     """Palette indices from neighbour codes.
 
-    Every code that names a neighbour becomes a pointer to it. Replacing pointers by what they
+    Every code that names another rank becomes a pointer to it. Replacing pointers by what they
     point at halves every chain, so a few rounds resolve all cells of all maps at once.
     """
     _, k, rows, cols = codes.shape
     if (codes[:, :, 0] < k).any() or ((codes[..., 0] >= k) & (codes[..., 0] < 2 * k)).any():
         raise LabelMapError("a cell at the border names a neighbour outside the grid")
+    if empty_ranks and (codes[:, 0] == 2 * k).any():
+        raise LabelMapError("a cell without any class")
     flat = codes.reshape(-1).astype(np.int64)
-    pointing = np.flatnonzero(flat < 2 * k)
+    first_index = 2 * k + empty_ranks
+    pointing = np.flatnonzero(flat < first_index)
     code, cell = flat[pointing], pointing % (rows * cols)
     rank_0 = pointing - pointing % (k * rows * cols) + cell
     pointer = np.arange(flat.size)
-    pointer[pointing] = np.where(
-        code < k,
-        rank_0 + code * (rows * cols) - cols,
-        rank_0 + (code - k) * (rows * cols) - 1,
+    pointer[pointing] = np.select(
+        [code < k, code < 2 * k],
+        [rank_0 + code * (rows * cols) - cols, rank_0 + (code - k) * (rows * cols) - 1],
+        pointing - rows * cols,
     )
     while pointing.size:
         target = pointer[pointer[pointing]]
         pointer[pointing] = target
-        pointing = pointing[flat[target] < 2 * k]
-    return (flat[pointer] - 2 * k).reshape(codes.shape)
+        pointing = pointing[flat[target] < first_index]
+    return (flat[pointer] - first_index).reshape(codes.shape)
 
 
 def _planes(values: np.ndarray, num_bytes: int) -> list[bytes]:
@@ -521,16 +675,31 @@ def _from_planes(
     return values
 
 
-def _compress(blocks: list[bytes]) -> bytes:
+def _compress(blocks: list[bytes], dictionary: bytes | None) -> bytes:
     """One zstd frame with a block per plane: each gets the Huffman table that fits it."""
     compressor = zstandard.ZstdCompressor(
-        level=_ZSTD_LEVEL, write_content_size=False, write_checksum=False
+        level=_ZSTD_LEVEL,
+        write_content_size=False,
+        write_checksum=False,
+        dict_data=_zstd_dictionary(dictionary),
     ).compressobj()
     frame = b""
     for block in blocks:
         frame += compressor.compress(block)
         frame += compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
     return frame + compressor.flush()
+
+
+def _decompressor(dictionary: bytes | None) -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(
+        max_window_size=_MAX_WINDOW_BYTES, dict_data=_zstd_dictionary(dictionary)
+    )
+
+
+def _zstd_dictionary(dictionary: bytes | None) -> zstandard.ZstdCompressionDict | None:
+    if dictionary is None:
+        return None
+    return zstandard.ZstdCompressionDict(dictionary, dict_type=zstandard.DICT_TYPE_FULLDICT)
 
 
 def _check_levels(levels: Sequence[LabelMap]) -> LabelMap:
@@ -575,8 +744,24 @@ def _check_finite(monotone: UInt16[np.ndarray, "..."], name: str) -> None:
         raise LabelMapError(f"{name} holds a value that is not finite")
 
 
-def _check_distinct(classes: np.ndarray) -> None:
-    """Check that no cell of (b, k, rows, cols) names a class twice."""
-    for rank in range(classes.shape[1] - 1):
-        if (classes[:, rank + 1 :] == classes[:, rank : rank + 1]).any():
+def _check_range(values: Float32[np.ndarray, "..."], name: str) -> None:
+    if not (np.abs(values) <= 65504).all():
+        raise LabelMapError(f"{name} holds a value beyond float16")
+
+
+def _check_distinct(
+    classes: Shaped[np.ndarray, "b k rows cols"], scores: Float16[np.ndarray, "b k rows cols"]
+) -> None:
+    """Check that no cell names a class twice, but for repeats of its last class and score."""
+    distinct = classes
+    repeats = classes[:, 1:] == classes[:, :-1]
+    if repeats.any():
+        repeats &= scores[:, 1:] == scores[:, :-1]
+        if (repeats[:, :-1] & ~repeats[:, 1:]).any():
+            raise LabelMapError("a cell goes on after repeating a class")
+        own_number = -np.arange(1, classes.shape[1]).reshape(-1, 1, 1)
+        distinct = classes.astype(np.int64)
+        distinct[:, 1:] = np.where(repeats, own_number, distinct[:, 1:])
+    for distance in range(1, classes.shape[1]):
+        if (distinct[:, distance:] == distinct[:, :-distance]).any():
             raise LabelMapError("a cell names one class twice")

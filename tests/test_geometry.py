@@ -246,6 +246,29 @@ def test_residual_fill_keeps_the_teachers_probabilities_and_zero_fill_depends_on
     assert (zero[0] - zero[1]).abs().max() > 0.05
 
 
+def test_cells_that_keep_fewer_classes_give_the_dropped_mass_to_the_background():
+    """A cell with two of three classes dropped equals one that was made with k = 1."""
+    label_map = random_map(np.random.default_rng(12), grid=(1, 1), k=3)
+    first = LabelMap(
+        scores=label_map.scores[:1].repeat(3, 0),
+        classes=label_map.classes[:1].repeat(3, 0),
+        num_classes=label_map.num_classes,
+        log_normalizer=label_map.log_normalizer,
+    )
+    alone = LabelMap(
+        scores=label_map.scores[:1],
+        classes=label_map.classes[:1],
+        num_classes=label_map.num_classes,
+        log_normalizer=label_map.log_normalizer,
+    )
+    whole = crop_view(torch.tensor([[0.0, 0.0, 1.0, 1.0]]))
+    repeated, single = (
+        sample_targets(PaletteMaps.from_label_maps([m]), whole, (1, 1)).dense_tokens()
+        for m in (first, alone)
+    )
+    torch.testing.assert_close(repeated, single)
+
+
 def test_a_pyramid_blends_the_two_levels_nearest_to_the_views_zoom():
     rng = np.random.default_rng(9)
     levels = [random_map(rng, grid=g) for g in [(4, 4), (8, 8), (16, 16)]]

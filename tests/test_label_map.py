@@ -1,6 +1,7 @@
 import struct
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from tokenlabel.labeler.label_map import (
     decode_batch,
     encode,
     to_arrays,
+    train_dictionary,
 )
 
 
@@ -54,6 +56,87 @@ def label_maps(draw: st.DrawFn) -> LabelMap:
 def test_decode_gives_back_what_was_encoded(label_map: LabelMap):
     (read,) = decode(encode(label_map))
     assert read.equals(label_map)
+
+
+def keep_mass(label_map: LabelMap, mass: float) -> LabelMap:
+    """Drop classes behind the given mass, the slow way: cell by cell."""
+    assert label_map.log_normalizer is not None
+    scores, classes = label_map.scores.copy(), label_map.classes.copy()
+    for r in range(label_map.grid[0]):
+        for c in range(label_map.grid[1]):
+            p = np.exp(scores[:, r, c].astype(float) - float(label_map.log_normalizer[r, c]))
+            last = int(np.searchsorted(np.cumsum(p), mass))
+            scores[last + 1 :, r, c], classes[last + 1 :, r, c] = (
+                scores[min(last, label_map.k - 1), r, c],
+                classes[min(last, label_map.k - 1), r, c],
+            )
+    return replace(label_map, scores=scores, classes=classes)
+
+
+def test_cells_may_keep_fewer_classes_and_then_take_fewer_bytes():
+    label_map = random_map(np.random.default_rng(9), grid=(12, 12), num_classes=200, spread=6.0)
+    fewer = keep_mass(label_map, 0.7)
+    assert (fewer.classes[1:] == fewer.classes[:-1]).any()
+    data = encode(fewer)
+    assert decode(data)[0].equals(fewer)
+    assert len(data) < 0.8 * len(encode(label_map))
+    batch, expected = decode_batch([data, encode(label_map)]), to_arrays([fewer, label_map])
+    for name, got, want in zip(batch._fields, batch, expected):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def test_a_class_that_comes_back_after_another_is_refused():
+    scores = np.array([3, 2, 2, 1], np.float16).reshape(4, 1, 1)
+    for classes in ([1, 2, 1, 3], [1, 1, 2, 3], [1, 2, 2, 3]):
+        with pytest.raises(LabelMapError, match="twice|goes on after repeating"):
+            LabelMap(
+                scores=scores,
+                classes=np.array(classes, np.uint32).reshape(4, 1, 1),
+                num_classes=9,
+            )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.booleans())
+def test_eight_bit_scores_are_within_half_a_step_and_stay_so(seed: int, normalizer: bool):
+    rng = np.random.default_rng(seed)
+    label_map = random_map(rng, grid=(9, 8), num_classes=99, normalizer=normalizer, spread=4.0)
+    (read,) = decode(encode(label_map, score_bits=8))
+    np.testing.assert_array_equal(read.classes, label_map.classes)
+    scores = label_map.scores.astype(float)
+    widest = max(np.ptp(scores[0]), -np.diff(scores, axis=0).min())
+    assert np.abs(read.scores.astype(float) - scores).max() <= widest / 255 / 2 + 0.02
+    if normalizer:
+        assert label_map.log_normalizer is not None and read.log_normalizer is not None
+        error = np.abs(read.log_normalizer.astype(float) - label_map.log_normalizer)
+        over = label_map.log_normalizer.astype(float) - read.scores[0]
+        assert error.max() <= np.ptp(over) / 255 / 2 + 0.02
+    assert len(encode(label_map, score_bits=8)) < len(encode(label_map))
+
+
+def test_eight_bit_scores_decode_in_batches_and_with_equal_scores():
+    rng = np.random.default_rng(10)
+    maps = [random_map(rng, grid=(4, 5)), random_map(rng, grid=(4, 5), spread=0.0)]
+    data = [encode(m, score_bits=8) for m in maps]
+    batch, expected = decode_batch(data), to_arrays([decode(d)[0] for d in data])
+    for name, got, want in zip(batch._fields, batch, expected):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def test_a_dictionary_makes_maps_smaller_and_reading_needs_it():
+    rng = np.random.default_rng(11)
+    maps = [random_map(rng, grid=(8, 8), num_classes=30) for _ in range(200)]
+    plain = [encode(m) for m in maps]
+    dictionary = train_dictionary(plain)
+    packed = encode(maps[0], dictionary=dictionary)
+    assert len(packed) < len(plain[0])
+    assert decode(packed, dictionary=dictionary)[0].equals(maps[0])
+    batch = decode_batch([packed], dictionary=dictionary)
+    np.testing.assert_array_equal(batch.scores[0, 0], maps[0].scores)
+    with pytest.raises(LabelMapError, match="compressed frame"):
+        decode(packed)
+    with pytest.raises(LabelMapError, match="no dictionary can be trained on 1 label maps"):
+        train_dictionary(plain[:1])
 
 
 def test_several_levels_of_one_image_keep_their_grids_and_windows():
@@ -126,6 +209,8 @@ def _forge(data: bytes, **changes: int) -> bytes:
 
 
 SAMPLE = encode(random_map(np.random.default_rng(5), grid=(5, 6), num_classes=50))
+EMPTY = encode(keep_mass(random_map(np.random.default_rng(5), grid=(5, 6), num_classes=50), 0.7))
+BYTES = encode(random_map(np.random.default_rng(5), grid=(5, 6), num_classes=50), score_bits=8)
 
 
 def _decodes_or_refuses(data: bytes) -> None:
@@ -185,12 +270,16 @@ def test_forged_bytes_with_a_right_checksum_decode_or_are_refused(
 @given(st.data())
 def test_forged_payloads_decode_or_are_refused(data: st.DataObject):
     """Compress changed planes anew: damage that neither CRC nor zstd can notice."""
-    frame = SAMPLE[20 + 20 :]
-    size = 4 * struct.unpack_from("<I", SAMPLE, 12)[0] + 5 * 6 * (5 * 3 + 2)
+    original = data.draw(st.sampled_from([SAMPLE, EMPTY, BYTES]))
+    score_bytes, frame_at = (1, 56) if original is BYTES else (2, 40)
+    num_palette = struct.unpack_from("<I", original, 12)[0]
+    size = 4 * num_palette + 5 * 6 * (5 * (1 + score_bytes) + score_bytes)
+    frame = original[frame_at:]
     payload = bytearray(zstandard.ZstdDecompressor().decompress(frame, max_output_size=size))
     for _ in range(data.draw(st.integers(1, 3))):
         payload[data.draw(st.integers(0, size - 1))] = data.draw(st.integers(0, 255))
-    _decodes_or_refuses(_forge(SAMPLE[:40] + zstandard.ZstdCompressor().compress(bytes(payload))))
+    compressed = zstandard.ZstdCompressor().compress(bytes(payload))
+    _decodes_or_refuses(_forge(original[:frame_at] + compressed))
 
 
 def test_a_header_that_claims_too_much_is_refused_before_memory_is_taken():
