@@ -15,12 +15,12 @@ import math
 import struct
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
-from jaxtyping import Float16, Float32, Int32, Int64, Shaped, UInt8, UInt16, UInt32
+from jaxtyping import Bool, Float16, Float32, Int32, Int64, Shaped, UInt8, UInt16, UInt32
 
 MAGIC = b"\x89TLM"
 VERSION = 1
@@ -33,10 +33,11 @@ _BYTE_SCORES = 4
 _EMPTY_RANKS = 8
 _HEADER = struct.Struct("<4sBBBBIII")  # magic, version, flags, levels, k, classes-1, palette, crc
 _LEVEL = struct.Struct("<HH4f")  # rows, cols, window
-_STEPS = struct.Struct("<4f")  # of 8-bit scores, see _Steps
+_STEPS = struct.Struct("<5f")  # of 8-bit scores, see _Steps
 _CRC_OFFSET = 16
 _ZSTD_LEVEL = 3
 _MAX_WINDOW_BYTES = 1 << 23
+_MAX_ODDS = 16.0
 
 
 class LabelMapError(ValueError):
@@ -119,6 +120,31 @@ class LabelMap:
         )
 
 
+def keep_mass(label_map: LabelMap, mass: float) -> LabelMap:
+    """Drop, in each cell, the classes behind those that together have the given probability.
+
+    Args:
+        label_map: With a log_normalizer.
+        mass: Between 0 and 1; at least the best class stays.
+
+    Raises:
+        LabelMapError: If the map has no log_normalizer, or mass is out of range.
+    """
+    if label_map.log_normalizer is None:
+        raise LabelMapError("without a log_normalizer the probability of a class is not known")
+    if not 0 < mass <= 1:
+        raise LabelMapError(f"mass = {mass}; allowed: above 0, up to 1")
+    log_probabilities = label_map.scores.astype(np.float32) - label_map.log_normalizer
+    before = np.cumsum(np.exp(log_probabilities), axis=0)[:-1]
+    last = (before < mass).sum(axis=0)  # rank of the last class that is kept
+    ranks = np.minimum(np.arange(label_map.k)[:, None, None], last)
+    return replace(
+        label_map,
+        scores=np.take_along_axis(label_map.scores, ranks, 0),
+        classes=np.take_along_axis(label_map.classes, ranks, 0),
+    )
+
+
 class PaletteArrays(NamedTuple):
     """The label maps of a batch of images, each image on its own palette, padded to the largest.
 
@@ -147,8 +173,8 @@ def encode(
     Args:
         levels: One map, or several of one image made at rising teacher scales. All levels share
             k, num_classes and whether they have a log_normalizer.
-        score_bits: 16, or 8: scores and log_normalizer are rounded to 255 steps between the file's
-            extremes.
+        score_bits: 16, or 8: scores, and the mass outside the top-k, are rounded to 255 steps
+            between the file's extremes.
         dictionary: A zstd dictionary (train_dictionary); reading needs the same one.
 
     Raises:
@@ -317,43 +343,42 @@ class _Level(NamedTuple):
 
 
 class _Steps(NamedTuple):
-    """How 8-bit scores are spaced; the same quantities as _score_planes, a byte each."""
+    """How 8-bit scores are spaced, and 8-bit residuals: the mass outside a cell's top-k."""
 
     lowest_top: float
     top: float
     gap: float
-    normalizer: float
+    lowest_odds: float
+    odds: float
+    """Of log(residual / (1 - residual)): a small residual is as exact as a large one."""
 
     @staticmethod
     def of(levels: Sequence[LabelMap]) -> "_Steps":
         """Spread 255 steps over what these maps hold."""
         tops = np.concatenate([level.scores[0].ravel() for level in levels]).astype(np.float32)
         gaps = [-np.diff(level.scores.astype(np.float32), axis=0).ravel() for level in levels]
-        over = [
-            (level.log_normalizer.astype(np.float32) - level.scores[0]).ravel()
-            for level in levels
-            if level.log_normalizer is not None
-        ]
-        lowest, highest = float(tops.min()), float(tops.max())
-        widest = max((float(gap.max(initial=0)) for gap in gaps), default=0.0)
-        furthest = max((float(gap.max(initial=0)) for gap in over), default=0.0)
-        return _Steps(lowest, (highest - lowest) / 255, widest / 255, furthest / 255)
+        odds = [_log_odds(level).ravel() for level in levels if level.log_normalizer is not None]
+        lowest_top, top = _spread(tops)
+        lowest_odds, step = _spread(np.concatenate(odds)) if odds else (0.0, 0.0)
+        widest = max(float(gap.max(initial=0)) for gap in gaps)
+        return _Steps(lowest_top, top, widest / 255, lowest_odds, step)
 
     def planes(self, level: LabelMap) -> list[bytes]:
         """Round to steps, each rank against the rounded one before, so that errors do not add."""
         scores = level.scores.astype(np.float32)
         rounded = _to_steps(scores[0] - np.float32(self.lowest_top), self.top)
         planes = [rounded.tobytes()]
-        reached = top = np.float32(self.lowest_top) + np.float32(self.top) * rounded
+        reached = np.float32(self.lowest_top) + np.float32(self.top) * rounded
         for rank in range(1, level.k):
             rounded = _to_steps(reached - scores[rank], self.gap)
+            rounded[level.classes[rank] == level.classes[rank - 1]] = 0  # an empty rank repeats
             reached = reached - np.float32(self.gap) * rounded
             planes.append(rounded.tobytes())
-        gaps = [b"".join(planes)]
+        blocks = [b"".join(planes)]
         if level.log_normalizer is not None:
-            over = level.log_normalizer.astype(np.float32) - top
-            gaps.append(_to_steps(over, self.normalizer).tobytes())
-        return gaps
+            odds = _log_odds(level) - np.float32(self.lowest_odds)
+            blocks.append(_to_steps(odds, self.odds).tobytes())
+        return blocks
 
 
 class _Header(NamedTuple):
@@ -420,7 +445,7 @@ def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Hea
     steps = None
     if flags & _BYTE_SCORES:
         steps = _Steps(*_STEPS.unpack_from(body, num_levels * _LEVEL.size))
-        if not all(map(math.isfinite, steps)) or min(steps[1:]) < 0:
+        if not all(map(math.isfinite, steps)) or min(steps.top, steps.gap, steps.odds) < 0:
             raise LabelMapError(f"{steps} are no steps of 8-bit scores")
     header = _Header(flags, k, last_class + 1, palette_size, tuple(levels), steps)
     smallest = 1 if flags & _EMPTY_RANKS else k
@@ -474,9 +499,7 @@ def _cells(
     indices = _resolve(codes.reshape(num_maps, *shape), bool(header.flags & _EMPTY_RANKS))
     rest = table[:, scores_at:]
     if steps:
-        scores, normalizer = _read_byte_scores(
-            rest, (num_maps, *shape), header.has_normalizer, steps
-        )
+        scores, normalizer = _read_byte_scores(rest, indices, header.has_normalizer, steps)
     else:
         scores, normalizer = _read_scores(rest, (num_maps, *shape), header.has_normalizer)
     return indices, scores, normalizer
@@ -576,26 +599,51 @@ def _read_scores(
 
 def _read_byte_scores(
     table: UInt8[np.ndarray, "b bytes"],
-    shape: tuple[int, ...],
+    indices: Int64[np.ndarray, "b k rows cols"],
     has_normalizer: bool,
     steps: list[_Steps],
 ) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
-    """Undo _Steps.planes for several maps of one (b, k, rows, cols)."""
-    num_scores = math.prod(shape[1:])
-    lowest_top, top_step, gap_step, over_step = np.array(steps, np.float32).T.reshape(
-        4, -1, 1, 1, 1
-    )
-    counts = table[:, :num_scores].reshape(shape)
+    """Undo _Steps.planes for several maps of the shape of their indices."""
+    per_map = np.array(steps, np.float32).T.reshape(5, -1, 1, 1, 1)
+    lowest_top, top_step, gap_step, lowest_odds, odds_step = per_map
+    num_scores = math.prod(indices.shape[1:])
+    counts = table[:, :num_scores].reshape(indices.shape)
     top = lowest_top + top_step * counts[:, :1]
     below_top = gap_step * np.cumsum(counts[:, 1:], axis=1, dtype=np.float32)
     scores = np.concatenate([top, top - below_top], axis=1)
     _check_range(scores, "scores")
     if not has_normalizer:
         return scores.astype(np.float16), None
-    over = table[:, num_scores:].reshape(shape[0], *shape[2:])
-    normalizer = top[:, 0] + over_step[:, 0] * over
+    over = table[:, num_scores:].reshape(top.shape)
+    # log_normalizer = log(kept mass) - log(1 - residual), and -log(1 - sigmoid(x)) = log(1 + e^x).
+    odds = np.clip(lowest_odds + odds_step * over, -_MAX_ODDS, _MAX_ODDS)
+    kept = np.where(_is_first(indices), np.exp(scores - top), 0).sum(axis=1, keepdims=True)
+    normalizer = (top + np.log(kept) + np.logaddexp(0, odds))[:, 0]
     _check_range(normalizer, "log_normalizer")
     return scores.astype(np.float16), normalizer.astype(np.float16)
+
+
+def _log_odds(level: LabelMap) -> Float32[np.ndarray, "rows cols"]:
+    """Log of residual / (1 - residual), the residual being the mass outside the top-k."""
+    assert level.log_normalizer is not None
+    log_probabilities = level.scores.astype(np.float32) - level.log_normalizer
+    first = _is_first(level.classes[None])[0]
+    kept = np.where(first, np.exp(log_probabilities), 0).sum(axis=0)
+    residual = np.clip(1 - kept, 1e-4, 1 - 1e-4)
+    return np.log(residual / (1 - residual))
+
+
+def _is_first(classes: Shaped[np.ndarray, "b k rows cols"]) -> Bool[np.ndarray, "b k rows cols"]:
+    """Mark the ranks that do not repeat the one before."""
+    first = np.ones(classes.shape, bool)
+    first[:, 1:] = classes[:, 1:] != classes[:, :-1]
+    return first
+
+
+def _spread(values: Float32[np.ndarray, " n"]) -> tuple[float, float]:
+    """Return the lowest value and the width of 255 steps up to the highest."""
+    lowest, highest = float(values.min()), float(values.max())
+    return lowest, (highest - lowest) / 255
 
 
 def _to_steps(values: Float32[np.ndarray, "..."], step: float) -> UInt8[np.ndarray, "..."]:
