@@ -619,6 +619,8 @@ def evaluate(
 
     from .trainer.evaluate import evaluate_checkpoint
 
+    if json_out not in (None, "-") and not Path(json_out).parent.is_dir():
+        raise FileNotFoundError(f"--json {json_out}: the folder {Path(json_out).parent} is missing")
     report = evaluate_checkpoint(
         checkpoint,
         data,
@@ -635,12 +637,10 @@ def evaluate(
     )
     if not report.is_main:
         return
-    if json_out is not None:
-        text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-        if json_out == "-":
-            click.echo(text)
-            return
-        Path(json_out).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
+    if json_out == "-":
+        click.echo(text)
+        return
     view, result = report.view, report.result
     height, width = view.image_size
     rows = {
@@ -659,3 +659,5 @@ def evaluate(
         click.echo(f"{name:<10}{value}")
     for key, reason in list(report.unreadable.items())[:10]:
         click.echo(f"  {key}: {reason}")
+    if json_out is not None:
+        Path(json_out).write_text(text + "\n", encoding="utf-8")

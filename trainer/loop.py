@@ -1,0 +1,514 @@
+"""The training loop: dataset shards → checkpoints.
+
+`train` finds this process's place and opens the data; `fit` is the run itself, read top to bottom.
+All randomness of a step that is not the feed's own comes from (seed, step, rank), so a run that
+was killed at any step and resumed computes what it would have computed anyway.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from ..shards.index import read_index
+from . import run_log
+from .checkpoint import Checkpoint, latest, load_weights, read, save_step
+from .distributed import Place, from_all, from_main, join_processes, reduce
+from .evaluate import EvalResult, evaluate
+from .feed import Batch, EvalFeed, TrainFeed
+from .loss import token_label_loss
+from .mix_token import sample_box
+from .models import create_model
+from .optim import Ema, Schedule, explain_lr, make_optimizer, skip_if
+from .recipe import Duration, Recipe, differences, parse_recipe, to_toml
+from .report import write_report
+from .run_log import RunLog
+from .targets import batch_targets
+from .watch import Health, StopSignal, Window
+
+log = logging.getLogger(__name__)
+
+_FREE_ON_RESUME = (
+    "summary", "paper_top1", "evaluation.", "model.grad_checkpointing",
+    "run.workers", "run.compile", "run.checkpoint_every", "run.log_every",
+)  # fmt: skip
+"""Keys that may change between the parts of one run; they do not decide what it computes."""
+
+
+class Feed(Protocol):
+    """What the loop asks of a source of training batches; feed.TrainFeed is the real one."""
+
+    def __next__(self) -> Batch:
+        """Give the next batch, without end."""
+        ...
+
+    def state(self) -> Any:
+        """Describe the position after the last batch, in values that torch.save keeps safe."""
+        ...
+
+    def close(self) -> None:
+        """Free threads and memory."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """What a run learns from."""
+
+    source: str
+    """Where it lies, for the records."""
+    class_ids: list[str]
+    class_names: list[str]
+    num_samples: int
+    """In one pass over the training split, over all processes."""
+    open_train: Callable[[Any], Feed]
+    """Make the feed, from its state after the last batch, or from None for the beginning."""
+    eval_batches: Iterable[Batch] | None
+    """The validation split, iterated anew at each evaluation; None where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """Where a run has come to."""
+
+    step: int
+    total_steps: int
+    metrics: dict[str, float]
+    """The latest evaluation, see run_log; empty where there was none."""
+    best: dict[str, Any] | None
+    is_main: bool
+    """Whether this process is the one that speaks for all."""
+
+
+def train(
+    recipe: Recipe,
+    *,
+    data: Path,
+    out: Path,
+    split: str = "train",
+    val_split: str | None = None,
+    init: Path | None = None,
+    init_ema: bool | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    device: str = "auto",
+) -> Outcome:
+    """Train on a data set made by shards.pack.
+
+    Args:
+        recipe: What to compute.
+        data: The data set's folder.
+        out: The run folder.
+        split: The data set's split to learn from.
+        val_split: The split to evaluate on; left out: "val" where the data set has it.
+        init: Checkpoint to take initial weights from, ours or a published one.
+        init_ema: Whether its averaged weights are taken; left out: what the file prefers.
+        resume: Go on with the run in `out`; begin anew where there is none yet.
+        overwrite: Delete the run in `out` first.
+        device: See distributed.join_processes.
+
+    Raises:
+        ValueError: Recipe, data and processes do not fit each other; says what to change.
+        OSError: Something is in the way, missing, or the disk is full.
+    """
+    with join_processes(device) as place:
+        if not place.is_main:
+            logging.getLogger(__package__).setLevel(logging.WARNING)
+        opened = open_data(recipe, data, place, split=split, val_split=val_split)
+        outcome = fit(
+            recipe, opened, out, place,
+            init=init, init_ema=init_ema, resume=resume, overwrite=overwrite,
+        )  # fmt: skip
+        if place.is_main and outcome.step == outcome.total_steps:
+            write_report(out)
+        return outcome
+
+
+def open_data(
+    recipe: Recipe,
+    folder: Path,
+    place: Place,
+    *,
+    split: str = "train",
+    val_split: str | None = None,
+) -> Data:
+    """Open dataset shards as a recipe wants them.
+
+    Raises:
+        ValueError: Class counts differ, labels are missing, or the batch cannot be shared out.
+    """
+    index = read_index(folder)
+    wanted = recipe.model.num_classes
+    labels = index.split(split).labels if recipe.labels.needs_maps else None
+    if recipe.labels.needs_maps and not index.split(split).has_labels:
+        raise ValueError(
+            f"split {split!r} of {folder} has no label maps, which the recipe learns from; pack it "
+            "with tl-shard pack --labels, or learn from classes alone: "
+            "--set labels.dense_weight=0 --set labels.class_target=label"
+        )
+    if labels is not None and labels.get("num_classes", wanted) != wanted:
+        raise ValueError(
+            f"the label maps of {folder} are over {labels['num_classes']} classes, the recipe's "
+            f"model has {wanted}; --set model.num_classes={labels['num_classes']}, or make labels "
+            f"with a teacher of {wanted} classes"
+        )
+    if index.num_classes != wanted:
+        raise ValueError(
+            f"{folder} has {index.num_classes} classes, the recipe's model {wanted}; "
+            f"--set model.num_classes={index.num_classes}"
+            + (", and give tl-shard pack the teacher's --classes" if labels is not None else "")
+        )
+    if val_split is None and "val" in index.splits:
+        val_split = "val"
+    size, view = recipe.model.image_hw, recipe.evaluation
+
+    def open_train(state: Any) -> Feed:
+        return TrainFeed(
+            index,
+            split,
+            image_size=size,
+            batch_size=_share(recipe.optim.batch_size, place),
+            augment=recipe.augment,
+            device=place.device,
+            seed=recipe.run.seed,
+            rank=place.rank,
+            world_size=place.world_size,
+            num_threads=recipe.run.workers,
+            with_labels=recipe.labels.needs_maps,
+            state=state,
+        )
+
+    eval_batches = None
+    if val_split is not None:
+        eval_batches = EvalFeed(
+            index,
+            val_split,
+            image_size=size,
+            crop_pct=view.crop_pct,
+            interpolation=view.interpolation,
+            mean=recipe.augment.mean,
+            std=recipe.augment.std,
+            batch_size=max(1, view.batch_size // place.world_size),
+            device=place.device,
+            rank=place.rank,
+            world_size=place.world_size,
+            num_threads=recipe.run.workers,
+        )
+    return Data(
+        source=str(folder.resolve()),
+        class_ids=index.class_ids,
+        class_names=index.class_names,
+        num_samples=index.split(split).num_samples,
+        open_train=open_train,
+        eval_batches=eval_batches,
+    )
+
+
+def fit(
+    recipe: Recipe,
+    data: Data,
+    out: Path,
+    place: Place,
+    *,
+    init: Path | None = None,
+    init_ema: bool | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> Outcome:
+    """Run a recipe to its end, or to SIGTERM, see `train`."""
+    # -------------------------------------------------------------- where this run stands
+    local_batch_size = _share(recipe.optim.batch_size, place)
+    claimed = place.is_main and run_log.claim_folder(out, resume=resume, overwrite=overwrite)
+    resuming = from_main(place, claimed)
+    checkpoint = read(latest(out / run_log.CHECKPOINTS)) if resuming else None
+    if checkpoint:
+        _refuse_other_run(checkpoint, recipe, data, place)
+    elif resume:
+        log.info("%s holds no checkpoint yet: starting at step 0", out)
+    start = checkpoint.step if checkpoint else 0
+    steps_per_epoch = data.num_samples / recipe.optim.batch_size
+    schedule = Schedule.of(recipe, steps_per_epoch)
+    total = schedule.total_steps
+
+    # -------------------------------------------------------------- model, average, optimizer
+    on_gpu = place.device.type == "cuda"
+    if on_gpu:
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+    torch.manual_seed(recipe.run.seed)
+    model = create_model(recipe.model)
+    fresh_heads = True
+    if init and not checkpoint:
+        report = load_weights(model, init, ema=init_ema, new_heads=True)
+        fresh_heads = bool(report.dropped)
+        log.info("%s", report)
+    if not recipe.labels.dense_weight:
+        model.silence_dense_head(zero=fresh_heads)
+    model.to(place.device)
+    if on_gpu:
+        model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    optimizer = make_optimizer(model, recipe.optim)
+    ema = Ema(model, recipe.ema) if recipe.ema.decay else None
+    if checkpoint:
+        model.load_state_dict(checkpoint.model)
+        optimizer.load_state_dict(checkpoint.optimizer)
+        if ema and checkpoint.ema:
+            ema.model.load_state_dict(checkpoint.ema)
+    precision = _precision(recipe, place)
+    compiled = recipe.run.compile == "on" or (recipe.run.compile == "auto" and on_gpu)
+    if compiled:
+        model.compile_training()
+    trained = DistributedDataParallel(model) if place.world_size > 1 else model
+
+    # -------------------------------------------------------------- feed, records
+    feed = data.open_train(checkpoint.feed[place.rank] if checkpoint else None)
+    records = None
+    if place.is_main:
+        run_log.replace_text(out / run_log.RECIPE, to_toml(recipe))
+        about = {"data": data.source, "processes": place.world_size, "device": str(place.device)}
+        run_log.write_environment(out, step=start, about=about)
+        records = RunLog(out, step=start)
+    log.info("%s", explain_lr(recipe.optim))
+    log.info(
+        "%s on %s: %s, %s%s; step %d of %d, %.4g steps an epoch, %d processes × batch %d",
+        recipe.model.name, place.device, f"{sum(p.numel() for p in model.parameters()):,} weights",
+        precision, ", compiled" if compiled else "",
+        start, total, steps_per_epoch, place.world_size, local_batch_size,
+    )  # fmt: skip
+
+    best = checkpoint.best if checkpoint else None
+    metrics = checkpoint.metrics if checkpoint else {}
+    health = Health(checkpoint.num_skipped if checkpoint else 0)
+    window = Window(place)
+    done = start
+
+    def is_due(every: Duration) -> bool:
+        return done % every.steps(steps_per_epoch) == 0
+
+    with ExitStack() as stack:
+        stack.enter_context(closing(feed))
+        if records:
+            stack.enter_context(closing(records))
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(logging_redirect_tqdm())
+        hidden = None if place.is_main else True  # None: hidden unless stderr is a terminal
+        bar = stack.enter_context(tqdm(total=total, initial=start, unit="step", disable=hidden))
+        model.train()
+        while done < total and not health.stop_requested:
+            # ---------------------------------------------------------- one step
+            step = done
+            with window.waiting():
+                batch = next(feed)
+            torch.manual_seed(_step_seed(recipe.run.seed, step, place.rank))
+            box = None
+            if recipe.model.mix_token:
+                # The same box on all processes: then how many there are changes nothing, and one
+                # box for the whole batch is what the paper describes.
+                box = sample_box(model.grid, np.random.default_rng([recipe.run.seed, step]))
+            targets = batch_targets(
+                batch.maps,
+                batch.views,
+                batch.classes,
+                model.grid,
+                num_classes=recipe.model.num_classes,
+                smoothing=recipe.labels.smoothing,
+                fill=recipe.labels.fill,
+                class_target=recipe.labels.class_target,
+            )
+            statistics = _batch_statistics(model)
+            with torch.autocast(place.device.type, torch.bfloat16, enabled=precision == "bf16"):
+                class_logits, aux_logits, _ = trained(batch.images, box)
+            loss = token_label_loss(
+                class_logits,
+                aux_logits,
+                targets,
+                box=box,
+                class_weight=recipe.labels.class_weight,
+                dense_weight=recipe.labels.dense_weight,
+            )
+            optimizer.zero_grad()
+            loss.total.backward()
+            gradients = [p for p in model.parameters() if p.grad is not None]
+            norm = nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
+            if recipe.optim.clip_grad:
+                nn.utils.clip_grads_with_norm_(gradients, recipe.optim.clip_grad, norm)
+            is_bad = ~(norm.isfinite() & loss.total.isfinite())
+            flags = torch.stack([is_bad, torch.full_like(is_bad, stop.requested)]).float()
+            bad = reduce(place, flags, "max")[0]
+            for group in optimizer.param_groups:
+                group["lr"] = schedule.lr(step)
+            skip_if(optimizer, bad)
+            optimizer.step()
+            _restore_if(bad, statistics)
+            if ema:
+                ema.update(step)
+            window.add([*loss, norm], bad)
+            done += 1
+            bar.update()
+
+            # ---------------------------------------------------------- records
+            epoch = done / steps_per_epoch
+            at_end = done == total
+            evaluating = data.eval_batches is not None and (
+                at_end or is_due(recipe.evaluation.every)
+            )
+            saving = at_end or evaluating or is_due(recipe.run.checkpoint_every)
+            health.note(done, flags, batch.keys)
+            for skipped_step, keys in health.look(place, wait=saving):
+                if records:
+                    skipped_epoch = skipped_step / steps_per_epoch
+                    records.write("skipped", skipped_step, skipped_epoch, {"keys": keys})
+            saving |= health.stop_requested
+            # A line before each checkpoint, for a resumed run starts a new mean.
+            if saving or is_due(recipe.run.log_every):
+                values = window.close(recipe.optim.batch_size)
+                values |= {"lr": schedule.lr(step), "num_skipped": health.num_skipped}
+                bar.set_postfix_str(_short(values))
+                left = _hours((total - done) * recipe.optim.batch_size / values["images_per_sec"])
+                log.info(
+                    "step %d/%d, epoch %.4g: %s, %s left", done, total, epoch, _short(values), left
+                )
+                if records:
+                    records.write("train", done, epoch, values)
+            is_best = False
+            if evaluating and data.eval_batches is not None:
+                results = {"raw": evaluate(model, data.eval_batches, place, precision=precision)}
+                if ema:
+                    results["ema"] = evaluate(
+                        ema.model, data.eval_batches, place, precision=precision
+                    )
+                metrics, candidate = _summarise(results, done)
+                is_best = best is None or candidate["top1"] >= best["top1"]
+                best = candidate if is_best else best
+                log.info("step %d/%d: %s", done, total, _in_words(metrics))
+                if records:
+                    records.write("eval", done, epoch, metrics)
+            if saving:
+                feed_states = from_all(place, feed.state())
+                if records:
+                    state = Checkpoint(
+                        recipe=to_toml(recipe),
+                        class_ids=data.class_ids,
+                        class_names=data.class_names,
+                        grid=model.grid,
+                        step=done,
+                        model=model.state_dict(),
+                        ema=ema.model.state_dict() if ema else None,
+                        optimizer=optimizer.state_dict(),
+                        feed=feed_states,
+                        world_size=place.world_size,
+                        num_skipped=health.num_skipped,
+                        best=best,
+                        metrics=metrics,
+                    )
+                    save_step(state, out / run_log.CHECKPOINTS, is_best=is_best)
+                    records.draw()
+                window.restart()
+    if health.stop_requested and done < total:
+        log.warning("stopped at step %d of %d and saved; --resume goes on", done, total)
+    return Outcome(step=done, total_steps=total, metrics=metrics, best=best, is_main=place.is_main)
+
+
+def _share(batch_size: int, place: Place) -> int:
+    """Images of a step that fall to each process."""
+    if batch_size % place.world_size:
+        raise ValueError(
+            f"optim.batch_size = {batch_size} cannot be shared by {place.world_size} processes; "
+            "it is the batch over all of them and must be a multiple of their number"
+        )
+    return batch_size // place.world_size
+
+
+def _precision(recipe: Recipe, place: Place) -> Literal["bf16", "fp32"]:
+    if recipe.run.precision == "auto":
+        has_bf16 = place.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return "bf16" if has_bf16 else "fp32"
+    return recipe.run.precision
+
+
+def _step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix the three into one 64-bit seed; neighbouring steps and ranks get unrelated ones."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def _refuse_other_run(checkpoint: Checkpoint, recipe: Recipe, data: Data, place: Place) -> None:
+    changed = differences(parse_recipe(checkpoint.recipe), recipe)
+    changed = [name for name in changed if not name.startswith(_FREE_ON_RESUME)]
+    if changed:
+        raise ValueError(
+            f"--resume with another recipe: {', '.join(changed)} differ from the run's; take the "
+            "run's own recipe.toml, or start a new run with --init and the run's checkpoint"
+        )
+    if checkpoint.class_ids != data.class_ids:
+        raise ValueError(
+            f"--resume with other classes: the run has {len(checkpoint.class_ids)}, the data set "
+            f"{len(data.class_ids)}, or their order differs; take the run's data set"
+        )
+    if checkpoint.world_size != place.world_size:
+        raise ValueError(
+            f"--resume with {place.world_size} processes: the run was saved by "
+            f"{checkpoint.world_size}; start as many"
+        )
+
+
+def _batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Pair each floating-point buffer with a copy of what it holds now."""
+    return [(b, b.clone()) for b in model.buffers() if b.is_floating_point()]
+
+
+def _restore_if(bad: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
+    """Undo a bad step's running means: one NaN in them would stay for ever."""
+    for buffer, before in saved:
+        buffer.copy_(torch.where(bad.bool(), before, buffer))
+
+
+def _summarise(
+    results: Mapping[str, EvalResult], done: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Flatten evaluations of raw and averaged weights, and name the better one."""
+    metrics: dict[str, float] = {"num_images": results["raw"]["num_images"]}
+    for weights, result in results.items():
+        metrics[f"{weights}_top1"] = result["top1"]
+        metrics[f"{weights}_top5"] = result["top5"]
+        metrics[f"{weights}_loss"] = result["loss"]
+    candidates = [
+        {"top1": result["top1"], "loss": result["loss"], "step": done, "weights": weights}
+        for weights, result in results.items()
+    ]
+    return metrics, max(candidates, key=_goodness)
+
+
+def _goodness(evaluation: dict[str, Any]) -> tuple[float, float]:
+    """Order evaluations by top-1; where it is the same, the lower loss is better."""
+    return evaluation["top1"], -evaluation["loss"]
+
+
+def _in_words(metrics: dict[str, float]) -> str:
+    parts = [
+        f"{weights} top-1 {metrics[f'{weights}_top1']:.2f} %, "
+        f"top-5 {metrics[f'{weights}_top5']:.2f} %, loss {metrics[f'{weights}_loss']:.4g}"
+        for weights in ("raw", "ema")
+        if f"{weights}_top1" in metrics
+    ]
+    return f"{'; '.join(parts)} on {metrics['num_images']:.0f} images"
+
+
+def _short(values: dict[str, float]) -> str:
+    return (
+        f"loss {values['loss']:.4g}, lr {values['lr']:.3g}, "
+        f"{values['images_per_sec']:.4g} images/s, data wait {values['data_wait']:.0%}"
+    )
+
+
+def _hours(secs: float) -> str:
+    minutes, seconds = divmod(round(secs), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

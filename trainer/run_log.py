@@ -1,0 +1,205 @@
+"""What a run writes about itself: metrics.jsonl, TensorBoard events, curves.png, environment.json.
+
+metrics.jsonl holds one JSON object a line, each with `kind`, `step` (steps taken so far) and
+`epoch`; units are in the names:
+
+    kind "train"   means over the steps since the line before: loss, class_loss, dense_loss,
+                   grad_norm, images_per_sec, data_wait (share of time spent waiting for the feed);
+                   then lr, and num_skipped since the start of the run
+    kind "eval"    raw_top1, raw_top5 (percent), raw_loss, and the same as ema_… where there is a
+                   running average; num_images
+    kind "skipped" keys: the images of a step that was not finite and changed nothing
+"""
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+ENVIRONMENT = "environment.json"
+RECIPE = "recipe.toml"
+CHECKPOINTS = "checkpoints"
+TENSORBOARD = "tensorboard"
+REPORT = "report.html"
+_CONTENT = {METRICS, CURVES, ENVIRONMENT, RECIPE, CHECKPOINTS, TENSORBOARD, REPORT}
+_PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
+
+
+class RunLog:
+    """Writes metrics as they come.
+
+    Args:
+        folder: The run folder.
+        step: Steps already taken. Lines of later steps, which a killed run has left behind, are
+            dropped: the run will write them again.
+    """
+
+    def __init__(self, folder: Path, *, step: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        self.folder = folder
+        lines = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
+        replace_text(folder / METRICS, "".join(lines))
+        self._file = (folder / METRICS).open("a", encoding="utf-8")
+        self._events = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
+
+    def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
+        """Append one line, and its numbers as TensorBoard scalars KIND/NAME."""
+        line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
+        # JSON has no NaN; a line that not every reader can parse is worse than a missing number.
+        self._file.write(json.dumps({k: _finite_or_none(v) for k, v in line.items()}) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def draw(self) -> None:
+        """Draw curves.png anew."""
+        draw_curves(read_metrics(self.folder), self.folder / CURVES)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Read metrics.jsonl; a last line torn by a kill is left out, a missing file is empty."""
+    path = folder / METRICS
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    whole = text[: text.rfind("\n") + 1]
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Make the run folder, or take over the one that is there.
+
+    Returns:
+        Whether there is a run to resume in it.
+
+    Raises:
+        FileExistsError: Something is there and neither resume nor overwrite was asked for, or
+            overwriting would delete files that no run wrote.
+    """
+    if resume and overwrite:
+        raise ValueError("--resume goes on with a run and --overwrite deletes it: give only one")
+    entries = list(folder.iterdir()) if folder.exists() else []
+    if entries and not (resume or overwrite):
+        raise FileExistsError(
+            f"{folder} is not empty; --resume goes on with the run in it, --overwrite deletes it, "
+            "or choose another --out"
+        )
+    if overwrite:
+        foreign = [e.name for e in entries if e.name not in _CONTENT and not _is_temporary(e)]
+        if foreign:
+            raise FileExistsError(
+                f"{folder} is not deleted: it holds {foreign[0]}, which no run has written; "
+                "choose another --out"
+            )
+        for entry in entries:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    return resume and any((folder / CHECKPOINTS).glob("*.pt"))
+
+
+def write_environment(folder: Path, *, step: int, about: dict[str, Any]) -> None:
+    """Add to environment.json what this start of the run runs on: versions, code, command."""
+    path = folder / ENVIRONMENT
+    starts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() and step else []
+    starts.append(
+        {
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+            "step": step,
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "packages": _versions(),
+            "code": _git_state(Path(__file__).parents[1]),
+            "machine": platform.machine(),
+            "num_cores": os.cpu_count(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            **about,
+        }
+    )
+    replace_text(path, json.dumps(starts, indent=1) + "\n")
+
+
+def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
+    """Draw loss, accuracy and learning rate over the steps, as a PNG."""
+    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    panels = figure.subplots(1, 3)
+    panel_lines = [
+        ("loss", "train", ("loss", "class_loss", "dense_loss")),
+        ("top-1 in %", "eval", ("raw_top1", "ema_top1")),
+        ("learning rate", "train", ("lr",)),
+    ]
+    for axes, (title, kind, names) in zip(panels, panel_lines):
+        for name in names:
+            points = [
+                (line["step"], line[name])
+                for line in metrics
+                if line["kind"] == kind and line.get(name) is not None
+            ]
+            if points:
+                # Markers, since a line through one point is invisible.
+                axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
+        axes.set(title=title, xlabel="step")
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend()
+        else:
+            axes.text(0.5, 0.5, "not measured", ha="center", transform=axes.transAxes)
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=110)
+    temporary.replace(path)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file under a temporary name, then rename it."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _is_temporary(path: Path) -> bool:
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _versions() -> dict[str, str]:
+    installed = {dist.name: dist.version for dist in importlib.metadata.distributions()}
+    return {name: installed[name] for name in ("tokenlabel", *_PACKAGES) if name in installed}
+
+
+def _git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit and whether files differ from it; None where the code is no git checkout."""
+    if not (folder / ".git").exists():
+        return None
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        return {"commit": commit, "modified": bool(_git(folder, "status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(
+        ["git", "-C", str(folder), *arguments],
+        capture_output=True, text=True, check=True, timeout=20,
+    )  # fmt: skip
+    return done.stdout.strip()
