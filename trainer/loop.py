@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -44,6 +44,7 @@ _FREE_ON_RESUME = (
 """Keys that may change between the parts of one run; they do not decide what it computes."""
 
 
+@runtime_checkable
 class Feed(Protocol):
     """What the loop asks of a source of training batches; feed.TrainFeed is the real one."""
 
@@ -227,8 +228,8 @@ def fit(
     """Run a recipe to its end, or to SIGTERM, see `train`."""
     # -------------------------------------------------------------- where this run stands
     local_batch_size = _share(recipe.optim.batch_size, place)
-    claimed = place.is_main and run_log.claim_folder(out, resume=resume, overwrite=overwrite)
-    resuming = from_main(place, claimed)
+    found = place.is_main and run_log.check_folder(out, resume=resume, overwrite=overwrite)
+    resuming = from_main(place, found)
     checkpoint = read(latest(out / run_log.CHECKPOINTS)) if resuming else None
     if checkpoint:
         _refuse_other_run(checkpoint, recipe, data, place)
@@ -273,16 +274,18 @@ def fit(
     feed = data.open_train(checkpoint.feed[place.rank] if checkpoint else None)
     records = None
     if place.is_main:
+        # Only now, when recipe, weights and data have proved to fit: a mistake leaves no folder.
+        run_log.prepare_folder(out, overwrite=overwrite)
         run_log.replace_text(out / run_log.RECIPE, to_toml(recipe))
         about = {"data": data.source, "processes": place.world_size, "device": str(place.device)}
         run_log.write_environment(out, step=start, about=about)
         records = RunLog(out, step=start)
     log.info("%s", explain_lr(recipe.optim))
     log.info(
-        "%s on %s: %s, %s%s; step %d of %d, %.4g steps an epoch, %d processes × batch %d",
-        recipe.model.name, place.device, f"{sum(p.numel() for p in model.parameters()):,} weights",
-        precision, ", compiled" if compiled else "",
-        start, total, steps_per_epoch, place.world_size, local_batch_size,
+        "%s with %s weights on %s, %s%s; from step %d to %d, %.4g steps an epoch, %s images a step",
+        recipe.model.name, f"{sum(p.numel() for p in model.parameters()):,}", place.device,
+        precision, ", compiled" if compiled else "", start, total, steps_per_epoch,
+        f"{place.world_size} × {local_batch_size}" if place.world_size > 1 else local_batch_size,
     )  # fmt: skip
 
     best = checkpoint.best if checkpoint else None
@@ -445,7 +448,7 @@ def _refuse_other_run(checkpoint: Checkpoint, recipe: Recipe, data: Data, place:
     changed = [name for name in changed if not name.startswith(_FREE_ON_RESUME)]
     if changed:
         raise ValueError(
-            f"--resume with another recipe: {', '.join(changed)} differ from the run's; take the "
+            f"--resume with another recipe than the run's: {', '.join(changed)} changed; take the "
             "run's own recipe.toml, or start a new run with --init and the run's checkpoint"
         )
     if checkpoint.class_ids != data.class_ids:
@@ -475,7 +478,7 @@ def _summarise(
     results: Mapping[str, EvalResult], done: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """Flatten evaluations of raw and averaged weights, and name the better one."""
-    metrics: dict[str, float] = {"num_images": results["raw"]["num_images"]}
+    metrics: dict[str, float] = {"num_images": float(results["raw"]["num_images"])}
     for weights, result in results.items():
         metrics[f"{weights}_top1"] = result["top1"]
         metrics[f"{weights}_top5"] = result["top5"]

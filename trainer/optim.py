@@ -34,8 +34,8 @@ class Schedule:
         warmup_steps = plan.warmup.steps(steps_per_epoch)
         if warmup_steps > cosine_steps:
             raise ValueError(
-                f"schedule.warmup = {plan.warmup} ({warmup_steps} steps) is longer than "
-                f"schedule.duration = {plan.duration} ({cosine_steps} steps)"
+                f"schedule.warmup = {plan.warmup} is longer than schedule.duration = "
+                f"{plan.duration}: {warmup_steps} and {cosine_steps} steps"
             )
         return cls(
             total_steps=cosine_steps + plan.cooldown.steps(steps_per_epoch),

@@ -150,12 +150,14 @@ def line_chart(
 
 
 def nice_ticks(low: float, high: float, *, most: int = 6) -> list[float]:
-    """Choose round numbers that enclose [low, high], evenly spaced, at least two."""
-    span = (high - low) or abs(high) or 1.0
+    """Choose round numbers that enclose [low, high], evenly spaced; a point is widened."""
+    if high == low:
+        high = low + (abs(low) or 1.0)
+    span = high - low
     step = 10.0 ** math.floor(math.log10(span / most))
     step *= next(f for f in (1, 2, 5, 10, 20) if span / (f * step) <= most - 1)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [i * step for i in range(first, max(last, first + 1) + 1)]
+    return [i * step for i in range(first, last + 1)]
 
 
 # ------------------------------------------------------------------------------------- charts

@@ -30,7 +30,7 @@ from ..labeler.geometry import Fill, PaletteMaps, TokenTargets, sample_targets
 from ..labeler.images import load_image
 from ..labeler.label_map import LabelMap, decode
 from ..labeler.sources import unescape
-from ..shards.index import ShardIndex, read_index
+from ..shards.index import ShardIndex, SplitIndex, read_index
 from . import page
 from .checkpoint import TrainedModel, latest, load_model
 from .feed import Batch, EvalFeed, TrainFeed
@@ -76,7 +76,8 @@ class _Run:
 class _Sample:
     image: Image.Image
     class_index: int
-    label_map: LabelMap | None
+    levels: tuple[LabelMap, ...]
+    """The label map: one, or several of a pyramid; empty where the split has no maps."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,8 +122,7 @@ def write_report(run_folder: Path) -> Path:
         sections.append(_crops(run, run.index, run.train_split))
     sections.append(_curves(run))
     if run.index is not None and run.trained is not None:
-        # What counts comes first: what the student says about photos it never saw.
-        splits = sorted(run.index.splits, key=lambda name: (name == run.train_split, name))
+        splits = sorted(run.index.splits, key=lambda name: (name != run.train_split, name))
         sections += [_predictions(run, run.index, run.trained, name) for name in splits]
     sections.append(_facts(run))
     path = run_folder / REPORT
@@ -199,10 +199,18 @@ def _samples(index: ShardIndex, split: str, keys: Collection[str]) -> dict[str, 
         key: _Sample(
             image=load_image(found["jpg"]),
             class_index=int(found["cls"]),
-            label_map=decode(found["tlm"])[0] if "tlm" in found else None,
+            levels=decode(found["tlm"]) if "tlm" in found else (),
         )
         for key, found in fields.items()
     }
+
+
+def _classes(index: ShardIndex, split: str) -> set[int]:
+    """Read which classes occur in a split of one shard."""
+    (path,) = index.shard_paths(split)
+    with tarfile.open(path) as tar:
+        files = [tar.extractfile(member) for member in tar if member.name.endswith(".cls")]
+        return {int(file.read()) for file in files if file is not None}
 
 
 def _shown(run: _Run, index: ShardIndex, split: str, batch: Batch) -> _Shown:
@@ -290,20 +298,26 @@ def _series(
 
 def _facts(run: _Run) -> str:
     facts: dict[str, object] = {}
-    if run.whole is not None:
-        facts["data set"] = f"{run.whole.folder}, {run.whole.num_classes} classes"
-        for name, split in run.whole.splits.items():
-            facts[f"split {name}"] = f"{split.num_samples} images, " + (
-                "with label maps" if split.has_labels else "without label maps"
-            )
+    for name, split in run.whole.splits.items() if run.whole is not None else ():
+        facts[f"split {name}"] = f"{split.num_samples} images, {_labels_in_words(split)}"
     for start in run.starts[-1:]:
-        facts |= {name.replace("_", " "): _plain(value) for name, value in start.items()}
+        facts |= {
+            name.replace("_", " "): _plain(value)
+            for name, value in start.items()
+            if value is not None and name != "step"
+        }
     if len(run.starts) > 1:
-        facts["started"] = f"{len(run.starts)} times, at steps " + ", ".join(
-            str(start["step"]) for start in run.starts
-        )
+        steps = ", ".join(str(start["step"]) for start in run.starts)
+        facts["started"] = f"{len(run.starts)} times, at steps {steps}"
     recipe = (run.folder / RECIPE).read_text(encoding="utf-8")
     return page.section("Facts", page.table(facts), page.details("The whole recipe", recipe))
+
+
+def _labels_in_words(split: SplitIndex) -> str:
+    if not split.has_labels:
+        return "without label maps"
+    teacher = (split.labels or {}).get("teacher", {}).get("name")
+    return "with label maps" + (f" by {teacher}" if teacher else "")
 
 
 def _plain(value: Any) -> str:
@@ -359,16 +373,15 @@ def _crop_card(shown: _Shown, i: int, targets: TokenTargets | None) -> str:
         page.figure(framed, "Photo and crop's frame"),
         page.figure(scaled(crop, _PICTURE_PX), f"Training crop{mirrored}"),
     ]
-    if sample.label_map is None or targets is None:
+    if not sample.levels or targets is None:
         return page.card(shown.title(i), figures)
-    names, colours = shown.class_names, colours_of(sample.label_map)
-    whole = draw_label_map(
-        sample.image, sample.label_map, names, colours=colours, longest_px=_PICTURE_PX
-    )
+    label_map = sample.levels[0]
+    names, colours = shown.class_names, colours_of(label_map)
+    whole = draw_label_map(sample.image, label_map, names, colours=colours, longest_px=_PICTURE_PX)
     tokens = draw_token_targets(
         crop, targets, i, shown.grid, names, colours=colours, longest_px=_PICTURE_PX
     )
-    figures.insert(1, page.figure(whole.image, f"Label map, {_by(sample.label_map.grid)} cells"))
+    figures.insert(1, page.figure(whole.image, f"Label map, {_by(label_map.grid)} cells"))
     figures.append(page.figure(tokens.image, f"Token targets, {_by(shown.grid)}"))
     legend = page.legend({str(entry): entry.colour for entry in whole.legend})
     return page.card(shown.title(i), figures, below=legend)
@@ -404,6 +417,10 @@ def _predictions(run: _Run, index: ShardIndex, trained: TrainedModel, split: str
     )
     if recipe.labels.dense_weight:
         words += "Its colours show its dense head, token by token. "
+    if _has_unseen_classes_only(run, split):
+        words += (
+            "None of its classes has a photo in the training split: the student cannot know them. "
+        )
     if teacher is None:
         words += "The split has no label maps, so the teacher's answer is not known."
     else:
@@ -412,16 +429,27 @@ def _predictions(run: _Run, index: ShardIndex, trained: TrainedModel, split: str
         _prediction_card(shown, i, teacher, student, dense=recipe.labels.dense_weight > 0)
         for i in range(len(shown.batch.keys))
     ]
-    return page.section(f"What it sees in split {split!r}", page.text(words), page.cards(cards))
+    relation = "trained on" if split == run.train_split else "not trained on"
+    heading = f"What it sees in split {split!r}, {relation}"
+    return page.section(heading, page.text(words), page.cards(cards))
+
+
+def _has_unseen_classes_only(run: _Run, split: str) -> bool:
+    """Tell whether no class of a split was trained on; False where that takes long to find out."""
+    whole, seen = run.whole, run.train_split
+    if whole is None or seen is None:
+        return False
+    if max(len(whole.split(name).shards) for name in (split, seen)) > 1:
+        return False
+    return _classes(whole, split).isdisjoint(_classes(whole, seen))
 
 
 def _teacher_answers(shown: _Shown, fill: Fill) -> TokenTargets | None:
     """Read the label maps in the evaluation view; None unless every sample has one."""
-    maps = [shown.sample(i).label_map for i in range(len(shown.batch.keys))]
-    present = [label_map for label_map in maps if label_map is not None]
-    if len(present) < len(maps):
+    levels = [shown.sample(i).levels for i in range(len(shown.batch.keys))]
+    if not all(levels):
         return None
-    palette_maps = PaletteMaps.from_label_maps(present)
+    palette_maps = PaletteMaps.from_label_maps(levels)
     return sample_targets(palette_maps, shown.batch.views, shown.grid, fill=fill)
 
 

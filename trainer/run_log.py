@@ -19,6 +19,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +36,7 @@ CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"
 _CONTENT = {METRICS, CURVES, ENVIRONMENT, RECIPE, CHECKPOINTS, TENSORBOARD, REPORT}
+_SECS_BETWEEN_DRAWINGS = 60
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
 
 
@@ -55,6 +57,7 @@ class RunLog:
         replace_text(folder / METRICS, "".join(lines))
         self._file = (folder / METRICS).open("a", encoding="utf-8")
         self._events = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
+        self._drawn_at = time.monotonic()
 
     def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
         """Append one line, and its numbers as TensorBoard scalars KIND/NAME."""
@@ -67,13 +70,16 @@ class RunLog:
                 self._events.add_scalar(f"{kind}/{name}", value, step)
 
     def draw(self) -> None:
-        """Draw curves.png anew."""
-        draw_curves(read_metrics(self.folder), self.folder / CURVES)
+        """Draw curves.png anew, unless that was done a moment ago."""
+        if time.monotonic() - self._drawn_at > _SECS_BETWEEN_DRAWINGS:
+            draw_curves(read_metrics(self.folder), self.folder / CURVES)
+            self._drawn_at = time.monotonic()
 
     def close(self) -> None:
-        """Flush everything."""
+        """Flush everything and draw curves.png a last time."""
         self._file.close()
         self._events.close()
+        draw_curves(read_metrics(self.folder), self.folder / CURVES)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -84,8 +90,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
-    """Make the run folder, or take over the one that is there.
+def check_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
+    """Check that a run may be written here, without touching anything.
 
     Returns:
         Whether there is a run to resume in it.
@@ -93,6 +99,7 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
     Raises:
         FileExistsError: Something is there and neither resume nor overwrite was asked for, or
             overwriting would delete files that no run wrote.
+        ValueError: Both were asked for.
     """
     if resume and overwrite:
         raise ValueError("--resume goes on with a run and --overwrite deletes it: give only one")
@@ -102,17 +109,21 @@ def claim_folder(folder: Path, *, resume: bool, overwrite: bool) -> bool:
             f"{folder} is not empty; --resume goes on with the run in it, --overwrite deletes it, "
             "or choose another --out"
         )
-    if overwrite:
-        foreign = [e.name for e in entries if e.name not in _CONTENT and not _is_temporary(e)]
-        if foreign:
-            raise FileExistsError(
-                f"{folder} is not deleted: it holds {foreign[0]}, which no run has written; "
-                "choose another --out"
-            )
-        for entry in entries:
+    foreign = [e.name for e in entries if e.name not in _CONTENT and not _is_temporary(e)]
+    if overwrite and foreign:
+        raise FileExistsError(
+            f"{folder} is not deleted: it holds {foreign[0]}, which no run has written; "
+            "choose another --out"
+        )
+    return resume and any((folder / CHECKPOINTS).glob("*.pt"))
+
+
+def prepare_folder(folder: Path, *, overwrite: bool) -> None:
+    """Make the run folder that `check_folder` has allowed, emptied of an earlier run."""
+    if overwrite and folder.exists():
+        for entry in folder.iterdir():
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    return resume and any((folder / CHECKPOINTS).glob("*.pt"))
 
 
 def write_environment(folder: Path, *, step: int, about: dict[str, Any]) -> None:
@@ -138,7 +149,8 @@ def write_environment(folder: Path, *, step: int, about: dict[str, Any]) -> None
 
 def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
     """Draw loss, accuracy and learning rate over the steps, as a PNG."""
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = Figure(figsize=(12, 3.6))
+    figure.subplots_adjust(left=0.05, right=0.98, bottom=0.15, wspace=0.25)
     panels = figure.subplots(1, 3)
     panel_lines = [
         ("loss", "train", ("loss", "class_loss", "dense_loss")),
@@ -156,6 +168,8 @@ def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
                 # Markers, since a line through one point is invisible.
                 axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
         axes.set(title=title, xlabel="step")
+        axes.set_ylim(bottom=0)
+        axes.ticklabel_format(axis="y", scilimits=(-2, 5))
         axes.grid(alpha=0.3)
         if axes.lines:
             axes.legend()

@@ -125,7 +125,8 @@ class LVViT(nn.Module):
         height, width = (img_size, img_size) if isinstance(img_size, int) else img_size
         if min(height, width) < _PATCH_PX or height % _PATCH_PX or width % _PATCH_PX:
             raise ValueError(
-                f"img_size = {height} × {width} px; both sides must be multiples of {_PATCH_PX}"
+                f"an image size of {height} × {width} px is not possible: both sides must be "
+                f"multiples of {_PATCH_PX}"
             )
         if embed_dim % num_heads:
             raise ValueError(f"embed_dim = {embed_dim} is not divisible by num_heads = {num_heads}")

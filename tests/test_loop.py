@@ -1,0 +1,551 @@
+"""The training loop: what it writes and refuses, and that nothing is lost when it is killed."""
+
+import copy
+import dataclasses
+import json
+import logging
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from loop_runs import KILLS, fixed_data, tiny_recipe, write_data
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from tokenlabel.trainer import run_log
+from tokenlabel.trainer.checkpoint import Checkpoint, read
+from tokenlabel.trainer.distributed import Place, join_processes
+from tokenlabel.trainer.feed import Batch
+from tokenlabel.trainer.loop import Outcome, fit, open_data, train
+from tokenlabel.trainer.models import create_model
+from tokenlabel.trainer.optim import Ema, make_optimizer, skip_if
+from tokenlabel.trainer.recipe import EmaConfig, OptimConfig, parse_recipe
+from tokenlabel.trainer.run_log import RunLog, read_metrics
+from tokenlabel.trainer.watch import DivergedError
+
+DRAW = run_log.draw_curves
+HERE = Place(device=torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _fast(monkeypatch):
+    """One thread, as the tensors are tiny; no pictures, as they would take most of the time."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, path: None)
+
+
+def run(out: Path, *overrides: str, spoil=None, num_eval: int = 0, **options) -> Outcome:
+    data = fixed_data(spoil=spoil, num_eval=num_eval)
+    return fit(tiny_recipe(*overrides), data, out, HERE, **options)
+
+
+def last(out: Path) -> Checkpoint:
+    return read(out / "checkpoints" / "last.pt")
+
+
+def lines(out: Path, kind: str) -> list[dict[str, Any]]:
+    return [line for line in read_metrics(out) if line["kind"] == kind]
+
+
+def without_timing(line: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in line.items() if k not in ("images_per_sec", "data_wait")}
+
+
+def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
+    """Names of all tensors of two checkpoints that are not the same to the last bit."""
+    found = []
+    for kind in ("model", "ema"):
+        a, b = getattr(one, kind), getattr(other, kind)
+        found += [f"{kind} {name}" for name in a if not torch.equal(a[name], b[name])]
+    for number, state in one.optimizer["state"].items():
+        theirs = other.optimizer["state"][number]
+        found += [f"adam {number} {name}" for name in state if not state[name].equal(theirs[name])]
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """The runs of loop_runs.py: killed and resumed ones, and one on two processes."""
+    folder = tmp_path_factory.mktemp("runs")
+    script = Path(__file__).with_name("loop_runs.py")
+    done = subprocess.run(
+        [sys.executable, str(script), str(folder)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("shards") / "data"
+    write_data(folder)
+    return folder
+
+
+# -------------------------------------------------------------------------- exact resumption
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_run_killed_at_any_step_and_resumed_ends_in_the_same_bits(runs, name):
+    undisturbed, resumed = last(runs / "undisturbed"), last(runs / name)
+    assert undisturbed.step == resumed.step == 14
+    assert differing(undisturbed, resumed) == []
+    assert undisturbed.feed == resumed.feed
+
+
+@pytest.mark.parametrize("name", KILLS)
+def test_a_killed_run_logs_every_step_once_with_the_same_numbers(runs, name):
+    undisturbed, resumed = read_metrics(runs / "undisturbed"), read_metrics(runs / name)
+    assert list(map(without_timing, resumed)) == list(map(without_timing, undisturbed))
+    assert [line["step"] for line in lines(runs / name, "train")] == list(range(1, 15))
+
+
+def test_the_comparison_of_bits_sees_a_single_one(runs):
+    one, other = last(runs / "undisturbed"), last(runs / "undisturbed")
+    other.model["cls_token"][0, 0, 0] += 1e-9
+    assert differing(one, other) == ["model cls_token"]
+
+
+def test_each_start_of_a_run_is_recorded(runs):
+    starts = json.loads((runs / "in-a-later-pass" / "environment.json").read_text())
+    assert [start["step"] for start in starts] == [0, 9]
+    assert starts[0]["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert starts[0]["data"] == str(runs / "data")
+
+
+def test_sigterm_saves_and_stops_and_resuming_loses_nothing(tmp_path):
+    def terminate(batch: Batch, number: int) -> None:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = run(tmp_path / "run", "run.checkpoint_every=100 epochs", spoil=terminate)
+    assert outcome.step == 6  # the step it came in is finished, and learned of one step later
+    assert signal.getsignal(signal.SIGTERM) is before
+    run(tmp_path / "run", "run.checkpoint_every=100 epochs", resume=True)
+    run(tmp_path / "undisturbed")
+    assert differing(last(tmp_path / "run"), last(tmp_path / "undisturbed")) == []
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path):
+    run(tmp_path, num_eval=1)
+    before = (tmp_path / "checkpoints" / "last.pt").read_bytes()
+    outcome = run(tmp_path, num_eval=1, resume=True)
+    assert (outcome.step, outcome.total_steps) == (14, 14)
+    assert outcome.metrics == last(tmp_path).metrics != {}
+    assert (tmp_path / "checkpoints" / "last.pt").read_bytes() == before
+    assert len(lines(tmp_path, "train")) == 14
+
+
+def test_resuming_where_there_is_nothing_starts_anew(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    assert run(tmp_path / "new", resume=True).step == 14
+    assert "holds no checkpoint yet: starting at step 0" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "override, name",
+    [
+        ("optim.lr=5e-4", "optim.lr"),
+        ("run.seed=1", "run.seed"),
+        ("model.kwargs.depth=1", "model.kwargs"),
+    ],
+)
+def test_resuming_with_another_recipe_is_refused_with_the_keys(tmp_path, override, name):
+    run(tmp_path)
+    with pytest.raises(ValueError, match=f"--resume with another recipe .*: {name} changed"):
+        run(tmp_path, override, resume=True)
+
+
+def test_resuming_may_change_what_does_not_decide_the_result(tmp_path):
+    run(tmp_path)
+    run(tmp_path, "run.log_every=5 steps", "run.workers=2", "evaluation.crop_pct=1", resume=True)
+
+
+def test_resuming_with_other_classes_or_processes_is_refused(tmp_path):
+    run(tmp_path)
+    renamed = dataclasses.replace(fixed_data(), class_ids=[f"x{i}" for i in range(40)])
+    with pytest.raises(ValueError, match="--resume with other classes"):
+        fit(tiny_recipe(), renamed, tmp_path, HERE, resume=True)
+    path = tmp_path / "checkpoints" / "last.pt"
+    content = torch.load(path, weights_only=True) | {"world_size": 2}
+    torch.save(content, path)
+    with pytest.raises(ValueError, match="1 processes: the run was saved by 2; start as many"):
+        run(tmp_path, resume=True)
+
+
+# -------------------------------------------------------------------------- many processes
+
+
+def test_two_processes_give_the_losses_and_weights_of_one(runs):
+    one, two = lines(runs / "one-process", "train"), lines(runs / "two-processes", "train")
+    assert len(one) == len(two) == 14
+    for name in ("loss", "class_loss", "dense_loss", "grad_norm"):
+        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], abs=1e-5)
+    assert one[0]["loss"] - one[12]["loss"] > 0.01  # the same images again, and better known
+    a, b = last(runs / "one-process").model, last(runs / "two-processes").model
+    for name in a:
+        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="optim.batch_size = 4 cannot be shared by 3 processes"):
+        place = dataclasses.replace(HERE, world_size=3)
+        fit(tiny_recipe(), fixed_data(), tmp_path, place)
+
+
+@pytest.mark.parametrize("device", ["cuda:99", "tpu7"])
+def test_devices_that_are_not_there_are_refused(device):
+    with pytest.raises(ValueError, match=f"--device .?{device}"):
+        with join_processes(device):
+            pass
+
+
+# ----------------------------------------------------------------------------- the run folder
+
+
+def test_a_run_writes_everything_about_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(run_log, "draw_curves", DRAW)
+    outcome = run(tmp_path, "evaluation.every=6 steps", num_eval=2)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "recipe.toml", "environment.json", "metrics.jsonl", "tensorboard", "curves.png",
+        "checkpoints",
+    }  # fmt: skip
+    recipe = parse_recipe((tmp_path / "recipe.toml").read_text(encoding="utf-8"))
+    assert recipe == tiny_recipe("evaluation.every=6 steps")
+    assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 15))
+    evaluations = lines(tmp_path, "eval")
+    assert [line["step"] for line in evaluations] == [6, 12, 14]
+    assert evaluations[-1]["num_images"] == 8
+    assert outcome.metrics["ema_loss"] == evaluations[-1]["ema_loss"]
+    train_line = lines(tmp_path, "train")[1]
+    assert train_line["loss"] == pytest.approx(
+        train_line["class_loss"] + train_line["dense_loss"], rel=1e-5
+    )
+    assert train_line["epoch"] == pytest.approx(2 / 5)
+    assert train_line["images_per_sec"] > 0
+    assert 0 <= train_line["data_wait"] <= 1
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert min(picture.size) > 200
+
+
+def test_tensorboard_holds_the_numbers_of_the_metrics_file(tmp_path):
+    run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    expected = lines(tmp_path, "train")
+    assert [event.step for event in scalars] == [line["step"] for line in expected]
+    assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in expected])
+
+
+def test_the_line_of_many_steps_is_their_mean(tmp_path):
+    run(tmp_path / "one")
+    run(tmp_path / "many", "run.log_every=7 steps", "run.checkpoint_every=7 steps")
+    each = [line["loss"] for line in lines(tmp_path / "one", "train")]
+    means = [line["loss"] for line in lines(tmp_path / "many", "train")]
+    assert means == pytest.approx([sum(each[:7]) / 7, sum(each[7:]) / 7], rel=1e-5)
+
+
+def test_a_folder_in_the_way_is_refused_naming_the_ways_out(tmp_path):
+    run(tmp_path)
+    with pytest.raises(FileExistsError, match="not empty; --resume goes on .* --overwrite deletes"):
+        run(tmp_path)
+    with pytest.raises(ValueError, match="give only one"):
+        run(tmp_path, resume=True, overwrite=True)
+
+
+def test_a_mistake_in_the_recipe_or_the_weights_leaves_no_folder_behind(tmp_path):
+    for overrides, init, message in [
+        (["model.image_size=100"], None, "multiples of 16"),
+        (["schedule.duration=1 steps"], None, "schedule.warmup"),
+        ([], tmp_path / "nowhere.pt", "does not exist"),
+    ]:
+        with pytest.raises((ValueError, OSError), match=message):
+            run(tmp_path / "run", *overrides, init=init)
+        assert not (tmp_path / "run").exists()
+
+
+def test_overwriting_deletes_the_old_run_but_never_foreign_files(tmp_path):
+    run(tmp_path)
+    run(tmp_path, "schedule.duration=3 steps", overwrite=True)
+    assert [line["step"] for line in lines(tmp_path, "train")] == [1, 2, 3, 4, 5]
+    assert last(tmp_path).step == 5
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(FileExistsError, match="it holds thesis.tex, which no run has written"):
+        run(tmp_path, overwrite=True)
+    assert last(tmp_path).step == 5
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_clear_error(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        run(tmp_path / "file" / "run")
+
+
+def test_a_metrics_file_torn_by_a_kill_is_mended(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}\n{"kind": "tr'
+    )
+    RunLog(tmp_path, step=1).close()
+    assert read_metrics(tmp_path) == [{"kind": "train", "step": 1}]
+
+
+def test_curves_of_a_run_without_evaluation_say_so_instead_of_failing(tmp_path):
+    DRAW([{"kind": "train", "step": 1, "loss": None, "lr": 0.1}], tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 1000
+
+
+# -------------------------------------------------------------------------- what is computed
+
+
+def test_the_loop_computes_what_a_plain_loop_does(tmp_path):
+    overrides = ("model.drop_path=0", "model.mix_token=false", "labels.class_target=label")
+    recipe = tiny_recipe(*overrides, "labels.dense_weight=0", "schedule.duration=4 steps")
+    fit(recipe, fixed_data(), tmp_path, HERE)
+
+    torch.manual_seed(recipe.run.seed)
+    model: Any = create_model(recipe.model).train()
+    parameters = list(model.named_parameters())
+    decayed = [p for name, p in parameters if p.ndim > 1 and name not in NOT_DECAYED]
+    others = [p for name, p in parameters if p.ndim <= 1 or name in NOT_DECAYED]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
+    )
+    feed = fixed_data().open_train(None)
+    top, floor = 1e-3, 1e-5
+    warmup = [1e-6, (1e-6 + top) / 2]
+    cosine = [floor + (top - floor) * (1 + math.cos(math.pi * step / 4)) / 2 for step in (2, 3)]
+    for lr in [*warmup, *cosine, floor, floor]:
+        batch = next(feed)
+        loss = nn.functional.cross_entropy(
+            model(batch.images)[0], batch.classes, label_smoothing=0.1
+        )
+        optimizer.zero_grad()
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    for name, value in model.state_dict().items():
+        if not name.startswith("aux_head"):  # not taught, and silenced
+            torch.testing.assert_close(
+                last(tmp_path).model[name], value, rtol=1e-4, atol=1e-6, msg=name
+            )
+
+
+NOT_DECAYED = ("pos_embed", "cls_token")
+
+
+def test_weight_decay_spares_vectors_position_embeddings_and_the_class_token():
+    model = create_model(tiny_recipe().model)
+    optimizer = make_optimizer(model, OptimConfig(weight_decay=0.3))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    decays = {
+        names[id(parameter)]: group["weight_decay"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert set(decays) == set(dict(model.named_parameters()))
+    spared = {name for name, decay in decays.items() if decay == 0}
+    assert {"pos_embed", "cls_token", "norm.weight", "head.bias", "patch_embed.bn1.bias"} <= spared
+    assert all(name.endswith("weight") for name in set(decays) - spared)
+    assert "patch_embed.conv1.weight" not in spared
+
+
+def test_a_bad_step_is_left_out_by_the_optimizer_on_the_device():
+    model = nn.Linear(2, 2)
+    optimizer = make_optimizer(model, OptimConfig(lr=0.1))
+    for group in optimizer.param_groups:
+        group["lr"] = 0.1
+    model(torch.ones(1, 2)).sum().backward()
+    before = copy.deepcopy(model.state_dict())
+    skip_if(optimizer, torch.tensor(1.0))
+    optimizer.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    skip_if(optimizer, torch.tensor(0.0))
+    optimizer.step()
+    assert not torch.equal(before["weight"], model.weight)
+
+
+def test_the_average_follows_the_weights_after_its_warmup():
+    model = nn.Sequential(nn.Linear(2, 1), nn.BatchNorm1d(1))
+    ema = Ema(model, EmaConfig(decay=0.9))
+    expected = copy.deepcopy(model.state_dict())
+    for step in range(200):
+        for value in model.state_dict().values():
+            value.copy_(value + 1)
+        ema.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                expected[name] = decay * expected[name] + (1 - decay) * value
+    for name, value in ema.model.state_dict().items():
+        wanted = expected[name] if value.is_floating_point() else model.state_dict()[name]
+        torch.testing.assert_close(value, wanted, msg=name)
+
+
+def test_without_an_average_only_raw_weights_are_evaluated(tmp_path):
+    outcome = run(tmp_path, "ema.decay=0", num_eval=1)
+    assert "raw_top1" in outcome.metrics
+    assert "ema_top1" not in outcome.metrics
+    assert last(tmp_path).ema is None
+
+
+def test_best_says_which_weights_it_means(tmp_path):
+    outcome = run(tmp_path, "evaluation.every=2 steps", num_eval=1)
+    best = outcome.best
+    assert best is not None
+    evaluations = {line["step"]: line for line in lines(tmp_path, "eval")}
+    assert best["top1"] == evaluations[best["step"]][f"{best['weights']}_top1"]
+    assert best["top1"] == max(
+        max(line["raw_top1"], line["ema_top1"]) for line in evaluations.values()
+    )
+    assert read(tmp_path / "checkpoints" / "best.pt").step == best["step"]
+
+
+def test_gradient_clipping_and_bf16_change_the_run_but_not_its_health(tmp_path):
+    run(tmp_path / "plain")
+    for override in ("optim.clip_grad=1e-3", "run.precision=bf16", "model.mix_token=false"):
+        run(tmp_path / override, override)
+        assert all(line["loss"] < 20 for line in lines(tmp_path / override, "train"))
+        assert differing(last(tmp_path / "plain"), last(tmp_path / override)) != []
+
+
+def test_a_dense_head_that_is_not_taught_says_nothing(tmp_path):
+    run(tmp_path, "labels.dense_weight=0", "labels.class_target=label")
+    found = last(tmp_path).model
+    assert not found["aux_head.weight"].any()
+    assert not found["aux_head.bias"].any()
+    assert {line["dense_loss"] for line in lines(tmp_path, "train")} == {0.0}
+
+
+@pytest.mark.slow
+def test_compiled_training_computes_the_same(tmp_path):
+    run(tmp_path / "plain", "model.drop_path=0")
+    run(tmp_path / "compiled", "model.drop_path=0", "run.compile=on")
+    plain, compiled = (lines(tmp_path / name, "train") for name in ("plain", "compiled"))
+    assert [line["loss"] for line in compiled] == pytest.approx(
+        [line["loss"] for line in plain], abs=1e-4
+    )
+
+
+# --------------------------------------------------------------------------- initial weights
+
+
+def test_init_takes_the_weights_of_a_checkpoint_and_says_so(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run(tmp_path / "first")
+    start = tmp_path / "first" / "checkpoints" / "last.pt"
+    still = ("optim.lr=1e-12", "schedule.warmup_lr=0", "schedule.min_lr=0", "ema.decay=0")
+    for ema, kind in ((True, "ema"), (False, "model")):
+        out = tmp_path / f"second-{kind}"
+        run(out, *still, init=start, init_ema=ema)
+        source = getattr(read(start), kind)
+        for name, value in last(out).model.items():
+            if "bn" not in name:  # running statistics move without any learning rate
+                torch.testing.assert_close(value, source[name], rtol=0, atol=1e-9, msg=name)
+    assert "last.pt: ema weights loaded; all fit" in caplog.text
+
+
+def test_init_with_other_classes_gives_new_heads(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    other = create_model(tiny_recipe("model.num_classes=7", "model.image_size=32").model)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    run(tmp_path / "run", init=tmp_path / "other.pth")
+    assert "pos_embed resized; head.weight, head.bias, aux_head.weight" in caplog.text
+
+
+# ------------------------------------------------------------------------- non-finite steps
+
+
+def poison(*numbers: int):
+    def spoil(batch: Batch, number: int) -> None:
+        if number in numbers:
+            batch.images[1, :, 5, 5] = torch.nan
+
+    return spoil
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_keys(tmp_path, caplog):
+    run(tmp_path / "short", "run.checkpoint_every=4 steps", "schedule.duration=2 steps")
+    run(tmp_path / "run", "run.checkpoint_every=4 steps", spoil=poison(4, 9))
+    skipped = lines(tmp_path / "run", "skipped")
+    assert [(line["step"], line["keys"][1]) for line in skipped] == [
+        (4, "image 3.1"),
+        (9, "image 8.1"),
+    ]
+    assert "step 4 skipped: its loss or gradient is not finite; images image 3.0" in caplog.text
+    final = last(tmp_path / "run")
+    assert final.num_skipped == 2
+    assert lines(tmp_path / "run", "train")[-1]["num_skipped"] == 2
+    for weights in (final.model, final.ema or {}):
+        assert all(value.isfinite().all() for value in weights.values())
+    assert lines(tmp_path / "run", "train")[3]["loss"] is None  # the mean over no step
+
+
+def test_weights_and_statistics_after_a_skipped_step_are_those_before(tmp_path):
+    every = "run.checkpoint_every=1 steps"
+
+    def stop(batch: Batch, number: int) -> None:
+        poison(6)(batch, number)
+        if number == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    run(tmp_path, every, spoil=stop)
+    after, before = last(tmp_path), read(tmp_path / "checkpoints" / "step-5.pt")
+    assert (before.step, before.num_skipped, after.step, after.num_skipped) == (5, 0, 6, 1)
+    changed = [n for n in before.model if not torch.equal(before.model[n], after.model[n])]
+    assert [name for name in changed if "num_batches_tracked" not in name] == []
+
+
+def test_a_run_that_is_never_finite_stops_with_advice(tmp_path):
+    every = ("run.checkpoint_every=100 epochs", "run.log_every=100 epochs")
+    with pytest.raises(DivergedError, match="last 20 steps, up to step 23, .* lower optim.lr"):
+        run(tmp_path, "schedule.duration=50 steps", *every, spoil=poison(*range(4, 60)))
+
+
+# ------------------------------------------------------------------------------ real shards
+
+
+def test_data_and_recipe_that_do_not_fit_are_refused_before_anything_is_written(shards, tmp_path):
+    cases = [
+        (["model.num_classes=39"], {}, "has 40 classes, the recipe's model 39.*num_classes=40"),
+        ([], {"split": "val"}, "split 'val' of .* has no label maps.*labels.dense_weight=0"),
+        ([], {"split": "test"}, "no split 'test'"),
+        ([], {"val_split": "test"}, "no split 'test'"),
+    ]
+    for overrides, options, message in cases:
+        with pytest.raises(ValueError, match=message):
+            train(tiny_recipe(*overrides), data=shards, out=tmp_path / "run", **options)
+    with pytest.raises(FileNotFoundError, match="no index.json"):
+        train(tiny_recipe(), data=tmp_path, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_label_maps_over_other_classes_than_the_model_are_refused_with_both_numbers(tmp_path):
+    write_data(tmp_path / "data")
+    path = tmp_path / "data" / "index.json"
+    text = path.read_text().replace('"labels": null', '"labels": {"num_classes": 1000}', 1)
+    path.write_text(text)
+    with pytest.raises(ValueError, match="over 1000 classes, the recipe's model has 40"):
+        open_data(tiny_recipe(), tmp_path / "data", HERE)
+
+
+def test_a_recipe_without_label_maps_trains_on_shards_without_them(shards, tmp_path):
+    recipe = tiny_recipe(
+        "labels.dense_weight=0", "labels.class_target=label", "schedule.duration=2 steps"
+    )
+    outcome = train(recipe, data=shards, out=tmp_path / "run", split="val", device="cpu")
+    assert outcome.metrics["num_images"] == 6
+    assert (tmp_path / "run" / "report.html").is_file()
