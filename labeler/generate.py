@@ -129,7 +129,8 @@ def generate(
     settings = _settings(source, teacher, fit, top_k, shard_size)
     slices = _slices(source.samples, shard_size)
     check_output(out)
-    finished = _finished(out, settings, overwrite)
+    _make_way(out, settings, overwrite)
+    finished = _finished(out, settings)
     own = range(rank, len(slices), world_size)
     todo = [n for n in own if n not in finished or not is_whole(out, finished[n])]
     for number in todo:
@@ -160,10 +161,14 @@ def generate(
             progress=progress,
         )
     secs = time.monotonic() - start_secs
-    unfinished = set(range(len(slices))).difference(slice_numbers(out))
-    records = [_read(out, number) for number in (own if unfinished else range(len(slices)))]
+    finished = _finished(out, settings)
+    if len(finished) == len(slices):
+        # Those of other processes may stem from an earlier run, and nobody has looked at them yet.
+        finished = {n: r for n, r in finished.items() if n in own or is_whole(out, r)}
+    num_unfinished = len(slices) - len(finished)
+    records = [finished[number] for number in (own if num_unfinished else range(len(slices)))]
     total = totals(records)
-    if not unfinished:
+    if not num_unfinished:
         _check_any_labelled(records)
         write_index(out, records, settings=settings, class_names=_class_names(source, teacher))
     return Summary(
@@ -176,7 +181,7 @@ def generate(
         num_new=num_new,
         secs=secs,
         num_slices=len(slices),
-        num_unfinished=len(unfinished),
+        num_unfinished=num_unfinished,
     )
 
 
@@ -501,27 +506,29 @@ def _slices(samples: Sequence[Sample], shard_size: int) -> list[Sequence[Sample]
     return [samples[start:stop] for start, stop in zip(cuts, cuts[1:])]
 
 
-def _finished(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[int, Slice]:
-    """Return the slices that an earlier run of these settings has finished.
-
-    With `overwrite`, those of other settings are removed.
-    """
-    finished = {}
+def _make_way(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+    """Remove what other settings made, if that is allowed."""
     for number in slice_numbers(out):
         record = read_slice(out, number)
-        if record is None:  # damaged: made again
+        if record is None or record.settings == settings:
             continue
-        if record.settings == settings:
-            finished[number] = record
-        elif overwrite:
-            (out / INDEX_NAME).unlink(missing_ok=True)
-            remove_slice(out, number)
-        else:
+        if not overwrite:
             raise ValueError(
                 f"{out} holds labels of another run ({_difference(record.settings, settings)}); "
                 "give --overwrite to replace them, or another --out"
             )
-    return finished
+        (out / INDEX_NAME).unlink(missing_ok=True)
+        remove_slice(out, number)
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> dict[int, Slice]:
+    """Return the slices whose .json is there and sound; ascending."""
+    records = [read_slice(out, number) for number in slice_numbers(out)]
+    return {
+        record.number: record
+        for record in records
+        if record is not None and record.settings == settings
+    }
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -539,15 +546,6 @@ def _flat(settings: dict[str, Any]) -> dict[str, Any]:
         else:
             flat[name] = value
     return flat
-
-
-def _read(out: Path, number: int) -> Slice:
-    record = read_slice(out, number)
-    if record is None:
-        raise ValueError(
-            f"slice {number} in {out} was damaged while this ran; run the same command again"
-        )
-    return record
 
 
 def _check_any_labelled(records: Sequence[Slice]) -> None:
@@ -572,9 +570,9 @@ def _log_plan(
     todo: Sequence[int],
 ) -> None:
     _logger.info(
-        "%d images in %d slices; %s at %d px (%s on %s), fit %s, top %d of %d classes",
+        "%d images, cut into %s; %s at %d px (%s on %s), fit %s, top %d of %d classes",
         len(source.samples),
-        len(slices),
+        "1 slice" if len(slices) == 1 else f"{len(slices)} slices",
         teacher.name,
         teacher.image_size,
         teacher.precision,
@@ -584,9 +582,9 @@ def _log_plan(
         teacher.num_classes,
     )
     if len(own) < len(slices):
-        _logger.info("this process takes %d of the slices", len(own))
+        _logger.info("%d of the slices are this process's", len(own))
     if len(todo) < len(own):
-        _logger.info("%d slices are finished already", len(own) - len(todo))
+        _logger.info("%d of %d are finished already", len(own) - len(todo), len(own))
     if teacher.num_classes != source.num_classes:
         _logger.warning(
             "the teacher has %d classes, %s has %d: the maps speak of the teacher's classes",

@@ -209,7 +209,7 @@ def as_teacher(
     )
 
 
-def round_to_stride(length: float, stride: int) -> int:
+def round_to_stride(length: int | float, stride: int) -> int:
     """Round a length in px to a multiple of stride, at least one."""
     return max(1, int(length / stride + 0.5)) * stride
 
@@ -260,7 +260,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
             "run code and are not loaded; save the model's state_dict alone, with torch.save or "
             f"safetensors ({_first_line(error)})"
         ) from error
-    except (RuntimeError, EOFError) as error:
+    except OSError:
+        raise
+    except Exception as error:  # torch's readers raise anything on damaged bytes
         raise ValueError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
     return _unwrap(content, path)
 
@@ -280,14 +282,15 @@ _STANDARDIZED = (StdConv2d, StdConv2dSame, ScaledStdConv2d, ScaledStdConv2dSame)
 
 
 def _plain_conv(conv: nn.Conv2d) -> nn.Conv2d:
-    kind: type[nn.Conv2d] = Conv2dSame if getattr(conv, "same_pad", False) else nn.Conv2d
+    is_same = getattr(conv, "same_pad", False)
+    kind: Any = Conv2dSame if is_same else nn.Conv2d  # timm's decorator hides its type
     plain = kind(
         conv.in_channels,
         conv.out_channels,
-        conv.kernel_size,  # pyright: ignore[reportArgumentType]: two numbers, typed as any many
-        stride=conv.stride,  # pyright: ignore[reportArgumentType]
-        padding=conv.padding,  # pyright: ignore[reportArgumentType]
-        dilation=conv.dilation,  # pyright: ignore[reportArgumentType]
+        conv.kernel_size,
+        stride=conv.stride,
+        padding=conv.padding,
+        dilation=conv.dilation,
         groups=conv.groups,
         bias=conv.bias is not None,
         device="meta",
