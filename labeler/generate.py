@@ -101,7 +101,6 @@ def generate(
     rank: int = 0,
     world_size: int = 1,
     overwrite: bool = False,
-    show_progress: bool = True,
 ) -> Summary:
     """Write label maps of all images of a source; go on where an earlier run was broken off.
 
@@ -118,7 +117,6 @@ def generate(
         world_size: Number of processes that share the work.
         overwrite: Replace what another run, with other settings, has left in `out`. What this run
             itself has finished is kept.
-        show_progress: Whether to draw a progress bar (on a terminal only).
 
     Raises:
         ValueError: If arguments do not fit together, or another run's labels are in the way.
@@ -137,7 +135,8 @@ def generate(
         remove_slice(out, number)
     if todo:
         (out / INDEX_NAME).unlink(missing_ok=True)
-    _log_plan(source, teacher, settings, slices, own, todo)
+    _log_plan(source, teacher, settings, len(slices))
+    _log_share(rank, world_size, len(own), len(todo))
     num_new = sum(len(slices[number]) for number in todo)
     num_own = sum(len(slices[number]) for number in own)
     start_secs = time.monotonic()
@@ -147,7 +146,8 @@ def generate(
         initial=num_own - num_new,
         unit="img",
         smoothing=0.05,
-        disable=None if show_progress else True,
+        # Bars of several processes on one terminal would overwrite each other.
+        disable=None if os.environ.get("LOCAL_RANK", "0") == "0" else True,
     ) as progress:
         _label(
             {number: slices[number] for number in todo},
@@ -297,7 +297,7 @@ def _label(
             for bucket in buckets.values():
                 run(labels, bucket)
             in_flight.append(
-                writer.submit(_write, write, number, slice_samples, labels, knows_folders)
+                writer.submit(_write, write, number, slice_samples, labels, knows_folders, progress)
             )
         while in_flight:
             in_flight.popleft().result()
@@ -426,7 +426,9 @@ def _write(
     samples: Sequence[Sample],
     labels: _Labels,
     knows_folders: bool,
+    progress: tqdm,
 ) -> None:
+    """Write a slice whose images are all encoded."""
     keys = [sample.key for sample in samples]
     if not labels.maps and len(keys) >= _SYSTEMIC:
         raise ValueError(
@@ -439,8 +441,10 @@ def _write(
         quarantined={key: labels.quarantined[key] for key in keys if key in labels.quarantined},
         num_correct=labels.num_correct if knows_folders else None,
     )
-    _logger.info(
-        "slice %d is finished: %d images labelled, %d quarantined",
+    # Where there is no bar, in the log of a cluster's job, these lines are the progress.
+    _logger.log(
+        logging.INFO if progress.disable else logging.DEBUG,
+        "slice %d is finished: %d images labelled, %d left out",
         number,
         len(record.samples),
         len(record.quarantined),
@@ -561,18 +565,11 @@ def _class_names(source: ImageFolder, teacher: Teacher) -> list[str]:
     return teacher.class_names or [f"class {i}" for i in range(teacher.num_classes)]
 
 
-def _log_plan(
-    source: ImageFolder,
-    teacher: Teacher,
-    settings: dict[str, Any],
-    slices: Sequence[Sequence[Sample]],
-    own: range,
-    todo: Sequence[int],
-) -> None:
+def _log_plan(source: ImageFolder, teacher: Teacher, settings: dict[str, Any], count: int) -> None:
     _logger.info(
-        "%d images, cut into %s; %s at %d px (%s on %s), fit %s, top %d of %d classes",
+        "%d images in %s; %s at %d px (%s on %s), fit %s, top %d of %d classes",
         len(source.samples),
-        "1 slice" if len(slices) == 1 else f"{len(slices)} slices",
+        "1 slice" if count == 1 else f"{count} slices",
         teacher.name,
         teacher.image_size,
         teacher.precision,
@@ -581,14 +578,17 @@ def _log_plan(
         settings["k"],
         teacher.num_classes,
     )
-    if len(own) < len(slices):
-        _logger.info("%d of the slices are this process's", len(own))
-    if len(todo) < len(own):
-        _logger.info("%d of %d are finished already", len(own) - len(todo), len(own))
-    if teacher.num_classes != source.num_classes:
+    if source.num_classes not in (0, teacher.num_classes):
         _logger.warning(
             "the teacher has %d classes, %s has %d: the maps speak of the teacher's classes",
             teacher.num_classes,
             source.root,
             source.num_classes,
         )
+
+
+def _log_share(rank: int, world_size: int, num_own: int, num_todo: int) -> None:
+    if world_size > 1:
+        _logger.info("process %d of %d takes %d of the slices", rank + 1, world_size, num_own)
+    if num_todo < num_own:
+        _logger.info("%d of %d slices are finished already", num_own - num_todo, num_own)

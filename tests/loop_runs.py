@@ -171,10 +171,15 @@ def run_on_shards(
     loop.train(recipe, data=data, out=out, resume=True, device="cpu")
 
 
-def run_as(rank: int, world_size: int, port: int, out: Path) -> None:
-    """Train on the same batches of 8 as one process or as two, batch norm's statistics frozen."""
+def run_as(rank: int, world_size: int, port: int, out: Path, *, frozen: bool = True) -> None:
+    """Train on the same batches of 8 as one process or as two.
+
+    Batch norm's statistics are frozen unless the run is about them; each process evaluates other
+    images.
+    """
     torch.set_num_threads(1)
-    PatchEmbed.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # pyright: ignore[reportAttributeAccessIssue]
+    if frozen:
+        PatchEmbed.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # pyright: ignore[reportAttributeAccessIssue]
     names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
     os.environ |= {name: str(v) for name, v in zip(names, (rank, rank, world_size, port))}
     os.environ["MASTER_ADDR"] = "localhost"
@@ -183,8 +188,10 @@ def run_as(rank: int, world_size: int, port: int, out: Path) -> None:
     recipe = tiny_recipe(
         "optim.batch_size=8", "optim.lr=1e-2", "model.drop_path=0", "optim.clip_grad=0.5"
     )
+    data = fixed_data(rows, num_eval=world_size)
+    data = replace(data, eval_batches=list(data.eval_batches or [])[rank : rank + 1])
     with join_processes("cpu") as place:
-        loop.fit(recipe, fixed_data(rows), out, place)
+        loop.fit(recipe, data, out, place)
 
 
 def free_port() -> int:
@@ -205,6 +212,9 @@ def main(folder: Path) -> None:
     port = free_port()
     assert in_forks(partial(run_as, 0, 1, port, folder / "one-process")) == [0]
     pair = [partial(run_as, rank, 2, port, folder / "two-processes") for rank in (0, 1)]
+    assert in_forks(*pair) == [0, 0]
+    out = folder / "two-processes-with-statistics"
+    pair = [partial(run_as, rank, 2, port, out, frozen=False) for rank in (0, 1)]
     assert in_forks(*pair) == [0, 0]
 
 

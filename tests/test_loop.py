@@ -20,8 +20,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from tokenlabel.trainer import run_log
-from tokenlabel.trainer.checkpoint import Checkpoint, read
+from tokenlabel.trainer.checkpoint import Checkpoint, load_model, read
 from tokenlabel.trainer.distributed import Place, join_processes
+from tokenlabel.trainer.evaluate import evaluate
 from tokenlabel.trainer.feed import Batch
 from tokenlabel.trainer.loop import Outcome, fit, open_data, train
 from tokenlabel.trainer.models import create_model
@@ -197,6 +198,16 @@ def test_two_processes_give_the_losses_and_weights_of_one(runs):
     a, b = last(runs / "one-process").model, last(runs / "two-processes").model
     for name in a:
         torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_two_processes_evaluate_the_model_that_is_saved(runs, weights):
+    out = runs / "two-processes-with-statistics"
+    model = load_model(out / "checkpoints" / "last.pt", ema=weights == "ema").model
+    batches = fixed_data(num_eval=2).eval_batches
+    assert batches is not None
+    expected = evaluate(model, batches, HERE)["loss"]
+    assert lines(out, "eval")[-1][f"{weights}_loss"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path):

@@ -3,9 +3,12 @@
 import dataclasses
 import math
 import tomllib
+from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from tokenlabel import cli
 from tokenlabel.trainer.models import create_model
 from tokenlabel.trainer.optim import Schedule, explain_lr
 from tokenlabel.trainer.recipe import (
@@ -219,6 +222,17 @@ def test_recipes_load_from_a_path(tmp_path):
     assert load_recipe(str(path), ["run.seed=3"]) == Recipe(summary="mine", run=RunConfig(seed=3))
 
 
+def test_the_command_line_lists_and_shows_recipes(tmp_path):
+    listed = CliRunner().invoke(cli.train, ["recipes"])
+    assert all(name in listed.output for name in recipe_names())
+    assert "83.3 %  LV-ViT-S, 224 px, token labels" in listed.output
+    shown = CliRunner().invoke(cli.train, ["show", "demo", "--set", "run.seed=3"])
+    assert parse_recipe(shown.output) == load_recipe("demo", ["run.seed=3"])
+    wrong = CliRunner().invoke(cli.train, ["show", "demo", "--set", "run.sed=3"])
+    assert wrong.exit_code == 2
+    assert "unknown key 'run.sed' (did you mean 'seed'?)" in wrong.output
+
+
 def test_differences_name_the_keys():
     new = parse_recipe("", ["optim.lr=1", "model.kwargs.depth=3", "ema.decay=0", "summary=x"])
     assert differences(Recipe(), new) == ["summary", "model.kwargs", "optim.lr", "ema.decay"]
@@ -263,9 +277,24 @@ def test_learning_rates_scale_with_the_batch_and_the_reason_is_said():
 
 def test_a_warmup_longer_than_the_run_is_refused_with_both_in_steps():
     recipe = parse_recipe("", ["schedule.duration=60 steps"])
-    with pytest.raises(ValueError, match=r"5 epochs \(500 steps\) is longer .* 60 steps"):
+    with pytest.raises(ValueError, match="5 epochs is longer .* 60 steps: 500 and 60 steps"):
         Schedule.of(recipe, steps_per_epoch=100.0)
 
 
 def test_ema_config_off_is_allowed():
     assert EmaConfig(decay=0.0).decay == 0
+
+
+def test_the_documentation_names_every_key(docs_folder):
+    text = (docs_folder / "recipes.md").read_text(encoding="utf-8")
+    keys = [name for name in _all_keys(Recipe(), "") if f"`{name}`" not in text]
+    assert keys == []
+
+
+def _all_keys(record: Any, prefix: str) -> list[str]:
+    keys = []
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        is_section = dataclasses.is_dataclass(value) and not isinstance(value, Duration)
+        keys += _all_keys(value, f"{field.name}.") if is_section else [prefix + field.name]
+    return keys

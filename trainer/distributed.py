@@ -1,7 +1,7 @@
 """Which process of how many this is, and on which device it works."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -53,6 +53,13 @@ def reduce(place: Place, tensor: torch.Tensor, how: Literal["sum", "max"]) -> to
     return tensor
 
 
+def copy_from_main(place: Place, tensors: Iterable[torch.Tensor]) -> None:
+    """Overwrite every process's tensors by the main process's."""
+    if place.world_size > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
 @contextmanager
 def join_processes(device: str = "auto") -> Iterator[Place]:
     """Find this process's place; under torchrun, connect it with the others until the end.
@@ -65,11 +72,11 @@ def join_processes(device: str = "auto") -> Iterator[Place]:
         ValueError: The device does not exist here.
     """
     chosen = _device(device)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Place(device=chosen)
         return
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield Place(device=chosen, rank=dist.get_rank(), world_size=dist.get_world_size())

@@ -22,7 +22,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from ..shards.index import read_index
 from . import run_log
 from .checkpoint import Checkpoint, latest, load_weights, read, save_step
-from .distributed import Place, from_all, from_main, join_processes, reduce
+from .distributed import Place, copy_from_main, from_all, from_main, join_processes, reduce
 from .evaluate import EvalResult, evaluate
 from .feed import Batch, EvalFeed, TrainFeed
 from .loss import token_label_loss
@@ -145,7 +145,7 @@ def open_data(
     """Open dataset shards as a recipe wants them.
 
     Raises:
-        ValueError: Class counts differ, labels are missing, or the batch cannot be shared out.
+        ValueError: Class counts differ, or label maps are missing.
     """
     index = read_index(folder)
     wanted = recipe.model.num_classes
@@ -295,7 +295,7 @@ def fit(
     done = start
 
     def is_due(every: Duration) -> bool:
-        return done % every.steps(steps_per_epoch) == 0
+        return done % every.steps(steps_per_epoch) == 0 or done == total
 
     with ExitStack() as stack:
         stack.enter_context(closing(feed))
@@ -360,17 +360,16 @@ def fit(
 
             # ---------------------------------------------------------- records
             epoch = done / steps_per_epoch
-            at_end = done == total
-            evaluating = data.eval_batches is not None and (
-                at_end or is_due(recipe.evaluation.every)
-            )
-            saving = at_end or evaluating or is_due(recipe.run.checkpoint_every)
+            evaluating = data.eval_batches is not None and is_due(recipe.evaluation.every)
+            saving = evaluating or is_due(recipe.run.checkpoint_every)
             health.note(done, flags, batch.keys)
             for skipped_step, keys in health.look(place, wait=saving):
                 if records:
                     skipped_epoch = skipped_step / steps_per_epoch
                     records.write("skipped", skipped_step, skipped_epoch, {"keys": keys})
-            saving |= health.stop_requested
+            if health.stop_requested and done < total:
+                log.warning("told to stop: saving at step %d of %d", done, total)
+                saving, evaluating = True, False  # who stops us may not wait for long
             # A line before each checkpoint, for a resumed run starts a new mean.
             if saving or is_due(recipe.run.log_every):
                 values = window.close(recipe.optim.batch_size)
@@ -383,12 +382,12 @@ def fit(
                 if records:
                     records.write("train", done, epoch, values)
             is_best = False
-            if evaluating and data.eval_batches is not None:
-                results = {"raw": evaluate(model, data.eval_batches, place, precision=precision)}
-                if ema:
-                    results["ema"] = evaluate(
-                        ema.model, data.eval_batches, place, precision=precision
-                    )
+            if data.eval_batches is not None and evaluating:
+                results = {}
+                for weights, net in [("raw", model)] + ([("ema", ema.model)] if ema else []):
+                    # Each process has its own running statistics; the main one's are saved.
+                    copy_from_main(place, net.buffers())
+                    results[weights] = evaluate(net, data.eval_batches, place, precision=precision)
                 metrics, candidate = _summarise(results, done)
                 is_best = best is None or candidate["top1"] >= best["top1"]
                 best = candidate if is_best else best
@@ -416,8 +415,8 @@ def fit(
                     save_step(state, out / run_log.CHECKPOINTS, is_best=is_best)
                     records.draw()
                 window.restart()
-    if health.stop_requested and done < total:
-        log.warning("stopped at step %d of %d and saved; --resume goes on", done, total)
+    if done < total:
+        log.warning("stopped at step %d of %d; --resume goes on", done, total)
     return Outcome(step=done, total_steps=total, metrics=metrics, best=best, is_main=place.is_main)
 
 

@@ -150,10 +150,10 @@ class StopSignal:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
-    def _on_signal(self, number: int, _frame: object) -> None:
+    def _on_signal(self, _number: int, _frame: object) -> None:
+        # Nothing is logged here: the signal may have come in the middle of writing to stderr.
         self.requested = True
         self._restore()
-        log.warning("%s: saving, then stopping", signal.Signals(number).name)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():
