@@ -100,7 +100,7 @@ def label() -> None:
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help="Images per forward pass.  [default: 64 on a GPU, 8 on a CPU]",
+    help="Images per forward pass.  [default: 64 on a GPU, 4 on a CPU]",
 )
 @click.option(
     "--device",
@@ -194,13 +194,14 @@ def label_generate(
         world_size=world_size,
         overwrite=overwrite,
     )
-    done = _counted(summary.num_labelled, "image")
+    share = f"part {rank + 1} of {world_size}: " if summary.num_unfinished else ""
+    done = share + _counted(summary.num_labelled, "image")
     rate = f", {summary.num_new / summary.secs:.1f} images/s" if summary.num_new else ""
     click.echo(
         f"{done} labelled, {summary.map_bytes / max(1, summary.num_labelled):,.0f} bytes an image, "
         f"{summary.secs:.1f} s{rate}"
     )
-    if summary.num_correct is not None:
+    if summary.num_correct is not None and summary.num_labelled:
         click.echo(
             f"  teacher top-1: {summary.num_correct / summary.num_labelled:.1%} "
             f"({summary.num_correct} of {summary.num_labelled} as the folders say)"
@@ -263,7 +264,12 @@ def _counted(number: int, noun: str) -> str:
 
 @shard.command("pack")
 @click.option(
-    "--images", type=_FOLDER, required=True, help="Photos in class folders: IMAGES/CLASS/x.jpg."
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    help="Class folders IMAGES/CLASS/x.jpg; a .tar or .zip of such, or a tar of class tars; "
+    "WebDataset shards, as 'train-{000..012}.tar', a glob or URLs; or a list, .csv, .tsv or .txt, "
+    "of PATH,CLASS.",
 )
 @click.option(
     "--labels",
@@ -277,6 +283,11 @@ def _counted(number: int, noun: str) -> str:
     type=_FILE,
     help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class index.  "
     "[default: IMAGES/classes.txt if there, else the sorted folder names]",
+)
+@click.option(
+    "--root",
+    metavar="FOLDER|ARCHIVE",
+    help="Folder or archive that the paths of a list start from.  [default: the list's own folder]",
 )
 @click.option("--seed", default=0, show_default=True, help="Of the shuffle over the whole split.")
 @click.option("--workers", type=int, help="Threads that read and check.  [default: all cores]")
@@ -293,11 +304,12 @@ def _counted(number: int, noun: str) -> str:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the split if OUT has it already.")
 def shard_pack(
-    images: Path,
+    images: str,
     labels: Path | None,
     out: Path,
     split: str,
     classes: Path | None,
+    root: str | None,
     seed: int,
     workers: int | None,
     shard_bytes: int,
@@ -317,13 +329,16 @@ def shard_pack(
     Examples:
       tl-shard pack --images photos/train --labels labels --out shards --split train
       tl-shard pack --images photos/val --out shards --split val
+      tl-shard pack --images ILSVRC2012_img_train.tar --labels labels --out shards --split train
+      tl-shard pack --images 's3://bucket/train-{0000..1023}.tar' --labels labels \\
+          --out shards --split train
     """
     from .labeler.label_set import LabelSet
     from .labeler.sources import open_source
     from .shards.pack import pack
 
     summary = pack(
-        open_source(images, classes=classes),
+        open_source(images, classes=classes, root=root),
         out,
         split=split,
         labels=None if labels is None else LabelSet.open(labels),
@@ -337,12 +352,7 @@ def shard_pack(
         overwrite=overwrite,
     )
     packed = summary.index.split(split)
-    rate = _in_words(round(packed.num_bytes / summary.duration_secs))
-    click.echo(
-        f"{split}: {_counted(packed.num_samples, 'sample')} in "
-        f"{_counted(len(packed.shards), 'shard')}, "
-        f"{_in_words(packed.num_bytes)}, {summary.duration_secs:.1f} s, {rate}/s"
-    )
+    _echo_written(split, packed, summary.duration_secs)
     for reason, count in packed.repaired.items():
         click.echo(f"  encoded anew: {count} ({reason})")
     if summary.num_unused_labels:
@@ -354,6 +364,76 @@ def shard_pack(
         )
     for key, reason in list(packed.quarantined.items())[:10]:
         click.echo(f"    {key}: {reason}")
+
+
+@shard.command("relabel")
+@click.argument("data", type=_FOLDER)
+@click.option("--labels", type=_FOLDER, required=True, help="Label maps made by tl-label generate.")
+@click.option("--out", type=_FOLDER, help="New folder for the whole data set.")
+@click.option(
+    "--in-place", is_flag=True, help="Replace the maps in DATA; needs room for the split twice."
+)
+@click.option("--split", help="Of the data set.  [default: the one that has maps, or the only one]")
+@click.option(
+    "--workers", type=click.IntRange(min=1), help="Shards at a time.  [default: all cores]"
+)
+@click.option(
+    "--allow-missing", is_flag=True, help="Leave out images without a label, and count them."
+)
+def shard_relabel(
+    data: Path,
+    labels: Path,
+    out: Path | None,
+    in_place: bool,
+    split: str | None,
+    workers: int | None,
+    allow_missing: bool,
+) -> None:
+    """Give a packed data set other label maps, or its first ones.
+
+    Images keep their bytes and their order. Labels belong to the same images: those that were
+    packed, or the packed shards themselves.
+
+    \b
+    Examples:
+      tl-shard relabel shards --labels labels-v2 --out shards-v2
+      tl-shard relabel shards --labels labels-v2 --in-place
+    """
+    from .labeler.label_set import LabelSet
+    from .shards.relabel import relabel
+
+    if (out is None) != in_place:
+        raise ValueError("give either --out, a new folder, or --in-place")
+    summary = relabel(
+        data,
+        LabelSet.open(labels),
+        out=out,
+        split=split,
+        allow_missing=allow_missing,
+        num_workers=workers,
+    )
+    if summary.was_made_before:
+        click.echo("all of it was made by an earlier run; its files are in their places now")
+    made = summary.index.split(summary.split)
+    _echo_written(summary.split, made, summary.duration_secs)
+    if summary.num_unused_labels:
+        click.echo(f"  unused labels: {summary.num_unused_labels} (no such image)")
+    if summary.left_out:
+        click.echo(
+            f"  left out: {_counted(len(summary.left_out), 'image')}, "
+            f"listed in {summary.index.folder / 'index.json'}"
+        )
+    for key, reason in list(summary.left_out.items())[:10]:
+        click.echo(f"    {key}: {reason}")
+
+
+def _echo_written(split: str, written: Any, duration_secs: float) -> None:
+    rate = _in_words(round(written.num_bytes / duration_secs))
+    click.echo(
+        f"{split}: {_counted(written.num_samples, 'sample')} in "
+        f"{_counted(len(written.shards), 'shard')}, "
+        f"{_in_words(written.num_bytes)}, {duration_secs:.1f} s, {rate}/s"
+    )
 
 
 @shard.command("info")

@@ -1,43 +1,42 @@
 """Images + label maps → dataset shards: the job behind `tl-shard pack`.
 
 Samples are read, checked and repaired by a pool of threads (Pillow works outside Python's lock)
-and written by one, in an order that depends on nothing but the seed and the keys. All files carry
-hidden temporary names until the last one is complete; index.json comes after all renames.
+and written by one, in an order that depends on nothing but the seed and the keys.
 """
 
-import fcntl
 import hashlib
-import logging
 import os
-import tarfile
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from ..labeler.images import DEFAULT_QUALITY, BadImage, portable_jpeg
 from ..labeler.label_map import LabelMapError, decode
 from ..labeler.label_set import LabelSet
-from ..labeler.sources import ImageFolder, Sample
+from ..labeler.sources import ImageSource, Sample
 from . import index as index_file
-from .index import ShardEntry, ShardIndex, SplitIndex
+from .index import ShardIndex, SplitIndex
+from .writer import (
+    Fields,
+    SplitWriter,
+    finish_publishing,
+    map_in_order,
+    only_writer,
+    publish,
+    staging,
+)
 
 DEFAULT_SHARD_BYTES = 400_000_000
 MIN_SHARD_BYTES = 10_000
 
-_TAR_END = bytes(1024)
 _NUM_SHOWN = 10
 _SAMPLES_AHEAD = 8  # per worker: enough to hide a slow image, little enough to bound memory
-
-_logger = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class PackSummary:
 
 
 def pack(
-    source: ImageFolder,
+    source: ImageSource,
     out: Path,
     *,
     split: str,
@@ -96,39 +95,47 @@ def pack(
     begin = time.monotonic()
     index_file.check_split_name(split)
     _check_sizes(shard_bytes, shard_size, max_side_px, quality, num_workers)
+    _check_has_classes(source)
     quarantined: dict[str, str] = {}
     num_unused_labels = 0
     if labels is not None:
-        _check_label_classes(source, labels)
-        quarantined, num_unused_labels = _join(source, labels, allow_missing)
+        check_label_classes(source.root, source.class_ids, source.class_names, labels)
+        keys = [sample.key for sample in source.samples]
+        quarantined, num_unused_labels = join(keys, labels, allow_missing)
     samples = _shuffled((s for s in source.samples if s.key not in quarantined), seed)
 
     out.mkdir(parents=True, exist_ok=True)
-    with _only_packer(out):
+    with only_writer(out):
+        finish_publishing(out)
         old = _index_to_extend(source, out, split, overwrite)
-        _remove_parts(out)
         num_workers = num_workers or len(os.sched_getaffinity(0))
         repaired: Counter[str] = Counter()
-        writer = _SplitWriter(out, split, shard_bytes, shard_size)
-        try:
-            with ThreadPoolExecutor(num_workers, thread_name_prefix="pack") as pool:
-                prepared = _map_in_order(
-                    pool,
-                    lambda sample: _prepare(source, labels, sample, max_side_px, quality),
-                    samples,
-                    ahead=num_workers * _SAMPLES_AHEAD,
-                )
-                progress = tqdm(
-                    zip(samples, prepared), f"pack {split}", len(samples), disable=None, unit="img"
-                )
-                for sample, item in progress:
-                    if isinstance(item, _Rejected):
-                        quarantined[sample.key] = item.reason
-                        continue
-                    if item.repair is not None:
-                        repaired[item.repair] += 1
-                    writer.add(sample.key, item.fields)
-            shards = writer.close()
+        with staging(out, split) as staged:
+            writer = SplitWriter(staged, split, shard_bytes, shard_size)
+            try:
+                with ThreadPoolExecutor(num_workers, thread_name_prefix="pack") as pool:
+                    prepared = map_in_order(
+                        pool,
+                        lambda sample: _prepare(source, labels, sample, max_side_px, quality),
+                        samples,
+                        ahead=num_workers * _SAMPLES_AHEAD,
+                    )
+                    for sample, item in tqdm(
+                        zip(samples, prepared),
+                        desc=f"pack {split}",
+                        total=len(samples),
+                        disable=None,
+                        unit="img",
+                    ):
+                        if isinstance(item, _Rejected):
+                            quarantined[sample.key] = item.reason
+                            continue
+                        if item.repair is not None:
+                            repaired[item.repair] += 1
+                        writer.add(sample.key, item.fields)
+                shards = writer.close()
+            finally:
+                writer.abandon()
             if not shards:
                 key, reason = next(iter(quarantined.items()))
                 raise ValueError(
@@ -139,15 +146,13 @@ def pack(
                 has_labels=labels is not None,
                 seed=seed,
                 shards=shards,
-                labels=None if labels is None else _label_facts(labels),
+                labels=None if labels is None else label_facts(labels),
                 num_listed=len(source.samples),
                 quarantined=dict(sorted(quarantined.items())),
                 repaired=dict(sorted(repaired.items())),
             )
             new = replace(old, splits=old.splits | {split: entry})
-            _publish(new, split)
-        finally:
-            writer.discard()
+            publish(new, staged)
     return PackSummary(
         index=new,
         split=split,
@@ -158,8 +163,7 @@ def pack(
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    fields: list[tuple[str, bytes]]
-    """(extension, content) in the order of the tar."""
+    fields: Fields
     repair: str | None
     """Why the image was encoded anew."""
 
@@ -170,7 +174,7 @@ class _Rejected:
 
 
 def _prepare(
-    source: ImageFolder,
+    source: ImageSource,
     labels: LabelSet | None,
     sample: Sample,
     max_side_px: int | None,
@@ -185,205 +189,25 @@ def _prepare(
         return _Rejected(str(error))
     fields = [("jpg", jpeg), ("cls", str(sample.class_index).encode())]
     if labels is not None:
-        label = labels.read(sample.key)
-        try:
-            decode(label)
-        except LabelMapError as error:
-            raise ValueError(f"the label map of {sample.key} is damaged: {error}") from error
-        fields.append(("tlm", label))
+        fields.append(("tlm", read_label(labels, sample.key)))
     return _Prepared(fields, repair)
 
 
-def _map_in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    *,
-    ahead: int,
-) -> Iterator[_Result]:
-    """Yield function(item) for each item, at most `ahead` of them computed but not yet taken."""
-    pending: deque[Future[_Result]] = deque()
-    for item in items:
-        pending.append(pool.submit(function, item))
-        if len(pending) >= ahead:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()
+def read_label(labels: LabelSet, key: str) -> bytes:
+    """Return an image's label map once it has been decoded on trial.
 
-
-class _SplitWriter:
-    """Writes the tars of a split and their .idx under temporary names."""
-
-    def __init__(self, folder: Path, split: str, shard_bytes: int, shard_size: int | None) -> None:
-        self._folder = folder
-        self._split = split
-        self._shard_bytes = shard_bytes
-        self._shard_size = shard_size
-        self._entries: list[ShardEntry] = []
-        self._shard: _ShardWriter | None = None
-
-    def add(self, key: str, fields: list[tuple[str, bytes]]) -> None:
-        """Append a sample, to a new shard where the present one is full."""
-        members = [_TarMember(f"{key}.{extension}", data) for extension, data in fields]
-        num_bytes = sum(member.num_bytes for member in members)
-        if self._shard is not None and self._is_full(self._shard, num_bytes):
-            self._finish_shard(self._shard)
-        if self._shard is None:
-            name = index_file.shard_name(self._split, len(self._entries))
-            self._shard = _ShardWriter(self._folder, name)
-        self._shard.add(members)
-
-    def close(self) -> list[ShardEntry]:
-        """Finish the last shard; return all, still under temporary names."""
-        if self._shard is not None:
-            self._finish_shard(self._shard)
-        return self._entries
-
-    def discard(self) -> None:
-        """Remove what is still under a temporary name, as after an error."""
-        if self._shard is not None:
-            self._shard.abandon()
-        _remove_parts(self._folder)
-
-    def _is_full(self, shard: "_ShardWriter", num_more_bytes: int) -> bool:
-        too_large = shard.num_bytes + num_more_bytes + len(_TAR_END) > self._shard_bytes
-        return too_large or len(shard.rows) == self._shard_size
-
-    def _finish_shard(self, shard: "_ShardWriter") -> None:
-        self._entries.append(shard.finish())
-        self._shard = None
-
-
-class _ShardWriter:
-    """Writes one tar and its .idx, and hashes both on the way."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.num_bytes = 0
-        self.rows: list[list[tuple[str, int, int]]] = []
-        """Of each sample: its members as (name in the tar, offset of the data, size)."""
-        self._folder = folder
-        self._sha256 = hashlib.sha256()
-        with _naming(folder, name):
-            self._file = _create(_part_path(folder, name))
-
-    def add(self, members: list["_TarMember"]) -> None:
-        row = []
-        for member in members:
-            self._write(member.header)
-            row.append((member.name, self.num_bytes, len(member.data)))
-            self._write(member.data)
-            self._write(bytes(member.num_padding_bytes))
-        self.rows.append(row)
-
-    def finish(self) -> ShardEntry:
-        self._write(_TAR_END)
-        idx = index_file.format_idx(self.rows).encode()
-        entry = ShardEntry(
-            name=self.name,
-            samples=len(self.rows),
-            bytes=self.num_bytes,
-            sha256=self._sha256.hexdigest(),
-            idx_sha256=hashlib.sha256(idx).hexdigest(),
-        )
-        with _naming(self._folder, self.name):
-            _close_on_disk(self._file)
-            idx_file = _create(_part_path(self._folder, entry.idx_name))
-            idx_file.write(idx)
-            _close_on_disk(idx_file)
-        return entry
-
-    def abandon(self) -> None:
-        # Closing writes what is still buffered, and may fail again on a full disk.
-        with suppress(OSError):
-            self._file.close()
-
-    def _write(self, block: bytes) -> None:
-        with _naming(self._folder, self.name):
-            self._file.write(block)
-        self._sha256.update(block)
-        self.num_bytes += len(block)
-
-
-class _TarMember:
-    """A file in a tar, with no date and no owner."""
-
-    def __init__(self, name: str, data: bytes) -> None:
-        self.name = name
-        self.data = data
-        self.header = _tar_header(name, len(data))
-        self.num_padding_bytes = -len(data) % tarfile.BLOCKSIZE
-
-    @property
-    def num_bytes(self) -> int:
-        return len(self.header) + len(self.data) + self.num_padding_bytes
-
-
-def _tar_header(name: str, num_bytes: int) -> bytes:
-    """Return a tar header that every reader understands.
-
-    Names that a plain POSIX header cannot hold (100 bytes, or 255 with a '/' at the right place)
-    take GNU's long form: DALI reads that without an index too, and the newer pax form it does not.
+    Raises:
+        ValueError: If it is damaged.
     """
-    info = tarfile.TarInfo(name)
-    info.size = num_bytes
+    label = labels.read(key)
     try:
-        return info.tobuf(tarfile.USTAR_FORMAT, "utf-8")
-    except ValueError:
-        return info.tobuf(tarfile.GNU_FORMAT, "utf-8")
+        decode(label)
+    except LabelMapError as error:
+        raise ValueError(f"the label map of {key} is damaged: {error}") from error
+    return label
 
 
-def _part_path(folder: Path, name: str) -> Path:
-    return folder / f".{name}{index_file.PART_SUFFIX}"
-
-
-def _create(path: Path) -> BinaryIO:
-    return path.open("xb")
-
-
-def _close_on_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-    file.close()
-
-
-@contextmanager
-def _naming(folder: Path, name: str) -> Iterator[None]:
-    """Say in an OSError which shard could not be written; the system's text does not."""
-    try:
-        yield
-    except OSError as error:
-        raise OSError(
-            f"cannot write {folder / name}: {error.strerror}; nothing of this run was kept, "
-            "make room or give another --out and run the same command again",
-        ) from error
-
-
-def _remove_parts(folder: Path) -> None:
-    parts = list(folder.glob(f".*{index_file.PART_SUFFIX}"))
-    for part in parts:
-        part.unlink()
-
-
-@contextmanager
-def _only_packer(folder: Path) -> Iterator[None]:
-    """Keep a second pack out of a folder; the lock ends with this process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"another tl-shard pack is writing into {folder}; wait until it has finished"
-            ) from error
-        except OSError:  # some network file systems cannot lock a folder
-            _logger.debug("%s cannot be locked", folder)
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _index_to_extend(source: ImageFolder, out: Path, split: str, overwrite: bool) -> ShardIndex:
+def _index_to_extend(source: ImageSource, out: Path, split: str, overwrite: bool) -> ShardIndex:
     """Return the index that the split is added to, an empty one in a new folder.
 
     Raises:
@@ -440,18 +264,33 @@ def _check_sizes(
         raise ValueError(f"quality is {quality}, allowed from 1 to 95")
 
 
-def _check_label_classes(source: ImageFolder, labels: LabelSet) -> None:
-    if labels.num_classes != source.num_classes:
+def _check_has_classes(source: ImageSource) -> None:
+    if not source.num_classes:
         raise ValueError(
-            f"the label maps have {labels.num_classes} classes and {source.root} has "
-            f"{source.num_classes}; class labels and maps must count alike: name all classes of "
+            f"{source.root} says of no image which class it has, but samples of a data set have "
+            "one each; put the images into class folders, or give a list with PATH,CLASS a line"
+        )
+
+
+def check_label_classes(
+    images: Path | str, class_ids: list[str], class_names: list[str], labels: LabelSet
+) -> None:
+    """Check that class labels and label maps speak of the same classes.
+
+    Raises:
+        ValueError: If their numbers differ, or the same names come in another order.
+    """
+    if labels.num_classes != len(class_ids):
+        raise ValueError(
+            f"the label maps have {labels.num_classes} classes and {images} has "
+            f"{len(class_ids)}; class labels and maps must count alike: name all classes of "
             "the teacher, in its order, in a --classes file"
         )
-    for names in (source.class_ids, source.class_names):
+    for names in (class_ids, class_names):
         if sorted(names) == sorted(labels.class_names) and names != labels.class_names:
             position, ours, theirs = _first_difference(names, labels.class_names)
             raise ValueError(
-                f"class {position} is {ours!r} in {source.root} and {theirs!r} in the label maps; "
+                f"class {position} is {ours!r} in {images} and {theirs!r} in the label maps; "
                 "name the classes in the order of the teacher in a --classes file"
             )
 
@@ -460,13 +299,13 @@ def _first_difference(ours: list[str], theirs: list[str]) -> tuple[int, str, str
     return next((i, a, b) for i, (a, b) in enumerate(zip(ours, theirs)) if a != b)
 
 
-def _label_facts(labels: LabelSet) -> dict[str, Any]:
+def label_facts(labels: LabelSet) -> dict[str, Any]:
     """Return what the labels' index says about how they were made, without its lists."""
     left_out = {"format", "version", "class_names", "quarantined", "shards"}
     return {name: value for name, value in labels.index.items() if name not in left_out}
 
 
-def _check_same_classes(source: ImageFolder, index: ShardIndex) -> None:
+def _check_same_classes(source: ImageSource, index: ShardIndex) -> None:
     if source.class_ids == index.class_ids:
         return
     advice = "give all splits of a data set the same --classes file"
@@ -481,32 +320,6 @@ def _check_same_classes(source: ImageFolder, index: ShardIndex) -> None:
     )
 
 
-def _publish(index: ShardIndex, split: str) -> None:
-    """Give the finished files their names, then the index.
-
-    Where a split is replaced, the index forgets it first: killed in between, the folder has no
-    such split rather than a mixed one.
-    """
-    folder = index.folder
-    staged = _part_path(folder, f"{split}-{index_file.INDEX_NAME}")
-    with _naming(folder, index_file.INDEX_NAME):
-        index_file.stage_index(index, staged)  # before the renames, so that they never lack it
-    others = {name: entry for name, entry in index.splits.items() if name != split}
-    old = [path for path in folder.iterdir() if index_file.belongs_to(path.name, split)]
-    if old and others:
-        index_file.write_index(replace(index, splits=others))
-    elif old:
-        (folder / index_file.INDEX_NAME).unlink(missing_ok=True)
-    for path in old:
-        path.unlink()
-    for shard in index.splits[split].shards:
-        for name in (shard.name, shard.idx_name):
-            _part_path(folder, name).replace(folder / name)
-    index_file.sync_folder(folder)
-    staged.replace(folder / index_file.INDEX_NAME)
-    index_file.sync_folder(folder)
-
-
 def _shuffled(samples: Iterable[Sample], seed: int) -> list[Sample]:
     """Order samples by a hash of seed and key.
 
@@ -518,30 +331,45 @@ def _shuffled(samples: Iterable[Sample], seed: int) -> list[Sample]:
     )
 
 
-def _join(source: ImageFolder, labels: LabelSet, allow_missing: bool) -> tuple[dict[str, str], int]:
+def join(
+    keys: Sequence[str],
+    labels: LabelSet,
+    allow_missing: bool,
+    *,
+    left_out_before: Collection[str] = (),
+) -> tuple[dict[str, str], int]:
     """Match images with labels by key.
+
+    Args:
+        keys: Of the images.
+        labels: Their label maps.
+        allow_missing: Leave images without a label out, instead of refusing the label set.
+        left_out_before: Keys of images that are known not to be here: no label misses them.
 
     Returns:
         Why each image that has no label is left out, and the number of labels without an image.
+
+    Raises:
+        ValueError: If images without labels, or labels without images, are not allowed.
     """
     quarantined: dict[str, str] = {}
     missing: list[str] = []
-    for sample in source.samples:
-        if sample.key in labels.quarantined:
-            quarantined[sample.key] = f"not labelled: {labels.quarantined[sample.key]}"
-        elif sample.key not in labels:
-            missing.append(sample.key)
-    listed = {sample.key for sample in source.samples}
+    for key in keys:
+        if key in labels.quarantined:
+            quarantined[key] = f"not labelled: {labels.quarantined[key]}"
+        elif key not in labels:
+            missing.append(key)
+    listed = {*keys, *left_out_before}
     surplus = sorted(key for key in labels.keys if key not in listed)
     if not allow_missing and (missing or surplus):
         problems = []
         if missing:
-            problems.append(f"{_shown(missing)} of {len(listed)} images have no label")
+            problems.append(f"{_shown(missing)} of {len(keys)} images have no label")
         if surplus:
             problems.append(f"{_shown(surplus)} of {len(labels.keys)} labels have no image")
         raise ValueError(
-            f"images and labels do not match: {'; '.join(problems)}. Labels belong to the folder "
-            "that was given to tl-label generate --images; --allow-missing packs what matches"
+            f"images and labels do not match: {'; '.join(problems)}. Labels belong to the images "
+            "that were given to tl-label generate --images; --allow-missing takes what matches"
         )
     for key in missing:
         quarantined[key] = "no label in the label set"

@@ -11,28 +11,29 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from click.testing import CliRunner, Result
-from conftest import random_map
-from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline
+from offered import fill_with_photos, offer, shards_of, tar_of
+from packed import (
+    Contents,
+    files_of,
+    jpeg_of,
+    keys_of,
+    labels_for,
+    photo,
+    read_with_dali,
+    read_with_tarfile,
+    read_with_webdataset,
+)
 from PIL import Image
 from wds2idx import IndexCreator
-from webdataset.compat import WebDataset
 
 from tokenlabel import cli
-from tokenlabel.labeler import label_set
-from tokenlabel.labeler.label_map import encode
-from tokenlabel.labeler.label_set import LabelSet
-from tokenlabel.labeler.sources import ImageFolder, Sample, open_source
-from tokenlabel.shards import pack as pack_module
+from tokenlabel.labeler.sources import ImageSource, Sample, open_source
+from tokenlabel.shards import writer as writer_module
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack
 from tokenlabel.shards.verify import verify
-
-Contents = dict[str, tuple[bytes, bytes, bytes]]
-"""Key → jpg, cls, tlm."""
 
 ODD_NAMES = [
     "ünï/字 ö.jpg",
@@ -43,12 +44,6 @@ ODD_NAMES = [
     f"{'long' * 20}/{'er' * 40}.jpg",  # above 100 bytes: split over two fields of the header
     f"{'long' * 20}/{'ü' * 100}.jpg",  # no such place to split
 ]
-
-
-def photo(number: int) -> Image.Image:
-    """A small picture that no other number shares."""
-    noise = np.random.default_rng(number).integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return Image.fromarray(noise).resize((32, 24))
 
 
 @pytest.fixture
@@ -66,91 +61,7 @@ def out(tmp_path: Path) -> Path:
     return tmp_path / "shards"
 
 
-def labels_for(
-    source: ImageFolder,
-    folder: Path,
-    *,
-    num_classes: int | None = None,
-    class_names: list[str] | None = None,
-    quarantined: str | None = None,
-    damaged: str | None = None,
-) -> LabelSet:
-    """A label set of all images of a source, as tl-label generate leaves it on disk."""
-    num_classes = num_classes or source.num_classes
-    rng = np.random.default_rng(0)
-    maps = {
-        sample.key: encode(random_map(rng, grid=(3, 4), k=2, num_classes=num_classes))
-        for sample in source.samples
-        if sample.key != quarantined
-    }
-    if damaged:
-        maps[damaged] = maps[damaged][:-3]
-    settings = {"teacher": {"name": "a"}, "fit": "native", "k": 2, "num_classes": num_classes}
-    folder.mkdir()
-    record = label_set.write_slice(
-        folder,
-        0,
-        maps.items(),
-        settings=settings,
-        quarantined={quarantined: "truncated"} if quarantined else {},
-        num_correct=None,
-    )
-    class_names = class_names or [f"class {number}" for number in range(num_classes)]
-    label_set.write_index(folder, [record], settings=settings, class_names=class_names)
-    return LabelSet.open(folder)
-
-
-def read_with_tarfile(index: ShardIndex, split: str) -> list[tuple[str, list[bytes]]]:
-    """Read a split in order, by the names in the tars alone."""
-    samples = []
-    for path in index.shard_paths(split):
-        with tarfile.open(path) as archive:
-            for member in archive:
-                key, _, extension = member.name.rpartition(".")
-                if extension == "jpg":
-                    samples.append((key, []))
-                file = archive.extractfile(member)
-                assert file is not None and samples[-1][0] == key
-                samples[-1][1].append(file.read())
-    return samples
-
-
-def keys_of(index: ShardIndex, split: str) -> list[str]:
-    return [key for key, _ in read_with_tarfile(index, split)]
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 # -------------------------------------------------------------------------- other people's readers
-
-
-def read_with_webdataset(index: ShardIndex, split: str) -> Contents:
-    urls = [str(path) for path in index.shard_paths(split)]
-    return {
-        sample["__key__"]: (sample["jpg"], sample["cls"], sample["tlm"])
-        for sample in WebDataset(urls, shardshuffle=False)
-    }
-
-
-def read_with_dali(index: ShardIndex, split: str, *, with_idx: bool = True) -> Contents:
-    paths = index.shard_paths(split)
-    pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
-    with pipeline:
-        fields: Any = fn.readers.webdataset(
-            paths=[str(path) for path in paths],
-            index_paths=[str(path) for path in index.idx_paths(split)] if with_idx else None,
-            ext=["jpg", "cls", "tlm"],
-            missing_component_behavior="error",
-        )
-        pipeline.set_outputs(*fields)
-    contents = {}
-    for _ in range(index.split(split).num_samples):
-        jpg, cls, tlm = (output[0] for output in pipeline.run())
-        _, _, name = jpg.source_info().split(":", maxsplit=2)  # tar:offset:name
-        contents[name.removesuffix(".jpg")] = tuple(bytes(np.array(x)) for x in (jpg, cls, tlm))
-    return contents
 
 
 @pytest.fixture
@@ -276,6 +187,40 @@ def test_an_image_larger_than_a_shard_gets_one_of_its_own(images: Path, out: Pat
     assert len(keys_of(index, "train")) == 21
 
 
+@pytest.mark.parametrize("way", ["tar of class tars", "zip", "braces", "list"])
+def test_the_bytes_do_not_depend_on_what_held_the_images(tmp_path: Path, way: str):
+    photos = fill_with_photos(tmp_path / "photos")
+    offered = offer(photos, tmp_path / "offered")
+    source = open_source(offered[way], root=photos if way == "list" else None)
+    folder = open_source(photos)
+    labels = labels_for(folder, tmp_path / "labels")
+    sets = [
+        pack(images, tmp_path / f"{i}", split="train", labels=labels, shard_size=8).index
+        for i, images in enumerate((folder, source))
+    ]
+    assert sets[0].splits == sets[1].splits
+    assert verify(sets[1].folder) == []
+
+
+def test_plain_jpegs_in_shards_of_others_stay_untouched(images: Path, tmp_path: Path, out: Path):
+    source = open_source(images)
+    for i, shard in enumerate(shards_of(images, num_shards=3)):
+        (tmp_path / f"{i:03}.tar").write_bytes(shard)
+    labels = labels_for(source, tmp_path / "labels")
+    shards = open_source(f"{tmp_path}/{{000..002}}.tar")
+    index = pack(shards, out, split="train", labels=labels).index
+    assert read_with_webdataset(index, "train") == {
+        s.key: (source.read(s), str(s.class_index).encode(), labels.read(s.key))
+        for s in source.samples
+    }
+
+
+def test_images_without_classes_are_refused(images: Path, out: Path):
+    with pytest.raises(ValueError, match="cat says of no image which class it has, .*PATH,CLASS"):
+        pack(open_source(images / "cat"), out, split="train")
+    assert not out.exists()
+
+
 # --------------------------------------------------------------------------- repaired, quarantined
 
 
@@ -295,10 +240,10 @@ def test_unusable_images_are_listed_and_not_packed(images: Path, out: Path):
 def test_storage_that_fails_is_an_error_and_not_a_hundred_bad_images(
     images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    def fail(self: ImageFolder, sample: Sample) -> bytes:
+    def fail(self: ImageSource, sample: Sample) -> bytes:
         raise OSError(errno.EIO, "Input/output error", sample.file)
 
-    monkeypatch.setattr(ImageFolder, "read", fail)
+    monkeypatch.setattr(ImageSource, "read", fail)
     with pytest.raises(OSError, match="Input/output error: '.*jpg'"):
         pack(open_source(images), out, split="train")
     assert list(out.iterdir()) == []
@@ -490,7 +435,7 @@ def test_two_packs_cannot_write_into_one_folder(images: Path, out: Path):
     out.mkdir()
     descriptor = os.open(out, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_EX)
-    with pytest.raises(BlockingIOError, match="another tl-shard pack is writing into"):
+    with pytest.raises(BlockingIOError, match="another tl-shard pack or relabel is writing into"):
         pack(open_source(images), out, split="train")
     os.close(descriptor)
     pack(open_source(images), out, split="train")
@@ -504,13 +449,13 @@ from pathlib import Path
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.shards import pack as module
 
-class Killer(module._SplitWriter):
+class Killer(module.SplitWriter):
     def add(self, key, members):
         if key == sys.argv[3]:
             os.kill(os.getpid(), signal.SIGKILL)
         super().add(key, members)
 
-module._SplitWriter = Killer
+module.SplitWriter = Killer
 module.pack(open_source(Path(sys.argv[1])), Path(sys.argv[2]), split="train", shard_size=6)
 """
 
@@ -523,8 +468,7 @@ def test_a_killed_pack_leaves_no_split_and_can_be_run_again(
     victim = keys_of(whole, "train")[15]
     command = [sys.executable, "-c", KILLED, str(images), str(out), victim]
     assert subprocess.run(command).returncode == -signal.SIGKILL
-    left = {path.name for path in out.iterdir()}
-    assert ".train-000000.tar.part" in left and all(name.endswith(".part") for name in left)
+    assert [path.name for path in out.iterdir()] == [".train.part"]
     with pytest.raises(FileNotFoundError, match="has no index.json: .* broken off; run the same"):
         read_index(out)
     pack(source, out, split="train", shard_size=6)
@@ -538,11 +482,30 @@ def test_a_pack_that_dies_while_renaming_leaves_no_index(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(pack_module.index_file, "sync_folder", die)
+        patch.setattr(writer_module.index_file, "sync_folder", die)
         with pytest.raises(KeyboardInterrupt):
             pack(open_source(images), out, split="train", shard_size=6)
     assert not (out / "index.json").exists()
     pack(open_source(images), out, split="train", shard_size=15, overwrite=True)
+    assert verify(out) == []
+
+
+def test_the_next_pack_moves_the_files_of_one_that_died_while_renaming(
+    images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def die(self: Path, target: Path) -> Path:
+        os.replace(self, target)  # noqa: PTH105
+        if target == out / "train-000001.tar":
+            raise KeyboardInterrupt
+        return target
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", die)
+        with pytest.raises(KeyboardInterrupt):
+            pack(open_source(images), out, split="train", shard_size=6)
+    assert (out / "train-000001.tar").exists() and not (out / "index.json").exists()
+    pack(open_source(images), out, split="val")
+    assert list(read_index(out).splits) == ["train", "val"]
     assert verify(out) == []
 
 
@@ -555,7 +518,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         created.append(path)
         return path.open("xb") if len(created) < 4 else Path("/dev/full").open("wb")
 
-    monkeypatch.setattr(pack_module, "_create", create_on_full_disk)
+    monkeypatch.setattr(writer_module, "create", create_on_full_disk)
     with pytest.raises(OSError, match=r"cannot write .*train-000001\.\S+: No space left") as caught:
         pack(open_source(images), out, split="train", shard_size=6)
     assert "\n" not in str(caught.value)
@@ -604,6 +567,17 @@ def test_the_command_says_what_it_packed(images: Path, tmp_path: Path, out: Path
     assert "  encoded anew: 1 (PNG, not JPEG)\n" in result.stdout
     assert f"  left out: 1 of 21, all listed in {out}/index.json\n" in result.stdout
     assert "    dog/broken: the file is empty (0 bytes)\n" in result.stdout
+
+
+def test_the_command_takes_a_list_into_an_archive(tmp_path: Path, out: Path):
+    (tmp_path / "val.tar").write_bytes(tar_of({"1.jpg": jpeg_of(1), "2.jpg": jpeg_of(2)}))
+    (tmp_path / "val.csv").write_text("image,class\n1.jpg,dog\n2.jpg,cat\n")
+    options = ["--out", out, "--split", "val", "--root", tmp_path / "val.tar"]
+    result = run("pack", "--images", tmp_path / "val.csv", *options)
+    assert result.exit_code == 0, result.output
+    index = read_index(out)
+    assert index.class_ids == ["cat", "dog"]
+    assert dict(read_with_tarfile(index, "val"))["1"] == [jpeg_of(1), b"1"]
 
 
 def test_options_reach_the_packer(images: Path, tmp_path: Path, out: Path):

@@ -39,7 +39,8 @@ def commands_in(page: Path) -> Iterator[list[str]]:
     for line in code_lines(page):
         match = re.search(r"(?:^|\s)(tl-(?:label|shard|train|eval)\s.*)", line)
         if match and "──" not in line:
-            yield shlex.split(match[1].removeprefix("$ "), comments=True)
+            words = shlex.split(match[1].removeprefix("$ "), comments=True)
+            yield words[: words.index(">")] if ">" in words else words
 
 
 ALL_COMMANDS = [
@@ -68,8 +69,8 @@ def test_the_readme_shows_the_whole_way():
 @pytest.mark.parametrize("words", ALL_COMMANDS)
 def test_commands_in_the_documentation_parse(words: list[str]):
     values = parse([word for word in words if word != "…"])
-    if words[:2] == ["tl-train", "run"]:
-        load_recipe(str(values["recipe"]))
+    if words[:2] == ["tl-train", "run"] and not str(values["recipe"]).endswith(".toml"):
+        load_recipe(str(values["recipe"]))  # a file of the reader's own is not there yet
 
 
 def test_a_misspelt_option_would_be_noticed():

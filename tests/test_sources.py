@@ -179,23 +179,47 @@ def test_wordnet_folders_beyond_the_thousand_keep_their_ids(tmp_path: Path):
 
 
 def test_a_missing_folder_is_named(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="image folder .*/photos does not exist"):
+    with pytest.raises(FileNotFoundError, match="/photos does not exist"):
         open_source(tmp_path / "photos")
 
 
-def test_a_file_is_no_image_folder(tmp_path: Path):
-    with pytest.raises(FileNotFoundError, match="is a file, not a folder"):
-        open_source(_fill(tmp_path, "x.tar") / "x.tar")
+def test_a_file_of_another_kind_is_refused_with_the_kinds_that_are_read(tmp_path: Path):
+    with pytest.raises(ValueError, match=r"neither a folder nor .*\.tar \.zip.* nor a list.*\.csv"):
+        open_source(_fill(tmp_path, "x.npy") / "x.npy")
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path):
-    with pytest.raises(ValueError, match=r"no images in .*; expected .*/CLASS/IMAGE .*\.jpeg"):
+    with pytest.raises(ValueError, match=r"no images in .*; expected .*/CLASS/IMAGE.*\.jpeg"):
         open_source(tmp_path)
 
 
-def test_a_folder_without_class_level_is_refused(tmp_path: Path):
+def test_a_folder_of_tars_says_how_shards_are_given(tmp_path: Path):
+    with pytest.raises(
+        ValueError, match=r"no images in .*, but tar files; .*--images '.*/\*\.tar'"
+    ):
+        open_source(_fill(tmp_path, "0.tar", "1.tar"))
+
+
+def test_a_folder_without_folders_holds_images_without_classes(tmp_path: Path):
+    source = open_source(_fill(tmp_path, "b.jpg", "a.jpg"))
+    assert [(sample.key, sample.class_index) for sample in source.samples] == [
+        ("a", None),
+        ("b", None),
+    ]
+    assert (source.num_classes, source.class_ids, source.class_names) == (0, [], [])
+
+
+def test_images_beside_class_folders_are_refused(tmp_path: Path):
+    _fill(tmp_path, "a.jpg", "b.jpg", "cat/c.jpg")
     with pytest.raises(ValueError, match=r"2 images lie directly in .*first: a\.jpg.*/CLASS/IMAGE"):
-        open_source(_fill(tmp_path, "a.jpg", "b.jpg"))
+        open_source(tmp_path)
+
+
+def test_images_without_folders_cannot_be_given_classes(tmp_path: Path):
+    _fill(tmp_path / "photos", "a.jpg", "b.jpg")
+    (tmp_path / "names.txt").write_text("cat\n")
+    with pytest.raises(ValueError, match="2 images lie directly in"):
+        open_source(tmp_path / "photos", classes=tmp_path / "names.txt")
 
 
 def test_a_folder_of_splits_is_refused(tmp_path: Path):
