@@ -38,8 +38,8 @@ clean: ## Remove what the commands above made, except .venv
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
-$(INSTALLED): pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --editable '.[demo,dev]'
+$(INSTALLED): pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[demo,dev]'
 	@touch $@
 
 $(BIN)/python:
