@@ -19,7 +19,7 @@ import click
 from timm.data.imagenet_info import ImageNetInfo
 
 # What each photo shows was decided by looking at it. Other photos in these packages (an astronaut,
-# a rocket, a dahlia, a motorcycle) show nothing that is among ImageNet's 1,000 classes.
+# a rocket, a dahlia, a motorcycle) show nothing that is surely among ImageNet's 1,000 classes.
 VAL_PHOTOS = {
     "skimage/data/chelsea.png": "n02123045",  # a tabby cat
     "skimage/data/coffee.png": "n07920052",  # an espresso

@@ -210,7 +210,7 @@ def probabilities(label_map: LabelMap) -> Float[np.ndarray, "k rows cols"]:
 
 
 def with_legend(drawing: Drawing, *, photo: Image.Image, title: str) -> Image.Image:
-    """Put the photo and its drawing side by side over a title and the legend.
+    """Put the photo and its drawing side by side, a title above and the legend below.
 
     Args:
         drawing: The picture at the right.

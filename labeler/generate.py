@@ -8,6 +8,10 @@ alone, so any of them may die at any moment and the same command goes on.
 Within a process, threads read, decode and resize images (Pillow lets go of Python's lock for
 that), the calling thread keeps the device busy, and one more thread turns what comes back from
 the device into bytes and files. Which images share a batch depends on the slice alone.
+
+On a CPU every batch is computed by one thread, and as many batches at a time as torch has threads.
+That takes less time in all than cutting up each convolution, and the bytes of a map do not depend
+on the number of threads.
 """
 
 import hashlib
@@ -50,12 +54,12 @@ from .sources import ImageFolder, Sample
 from .teacher import Teacher
 
 DEFAULT_SHARD_SIZE = 10_000
-"""About 45 MB of label maps, and half a minute of an H100 with NFNet-F6: little to lose by a
+"""About 50 MB of label maps, and half a minute of an H100 with NFNet-F6: little to lose by a
 kill, few files (129 tars for ImageNet), and enough slices to keep a hundred processes busy."""
 
 _MAX_LOGITS = 1 << 27
 """Logits of a batch are made in pieces of this many numbers (512 MB) at most."""
-_NUM_IN_FLIGHT = 4
+_NUM_AHEAD = 4
 """Batches that may wait for the device or for encoding before no more are prepared."""
 _SYSTEMIC = 32
 """A slice of so many images of which none can be labelled points at the cause, not at them."""
@@ -110,8 +114,9 @@ def generate(
         teacher: Scores the cells.
         fit: How images meet the teacher, see fit.FITS.
         top_k: Classes kept per cell.
-        batch_size: Images per forward pass; None means 64 on a GPU and 8 on the CPU.
-        num_workers: Threads that decode; None means one per core of this process.
+        batch_size: Images per forward pass; None means 64 on a GPU and 4 on the CPU.
+        num_workers: Threads that decode; None means one per core, shared fairly by
+            the processes that torchrun started here.
         shard_size: Images per slice, at most.
         rank: Of this process, from 0.
         world_size: Number of processes that share the work.
@@ -123,7 +128,10 @@ def generate(
         OSError: If the output cannot be written.
     """
     _check_arguments(teacher, fit, top_k, shard_size)
-    batch_size = batch_size or (8 if teacher.device.type == "cpu" else 64)
+    if teacher.device.type == "cuda":  # for what names no device: pinned memory and events
+        torch.cuda.set_device(teacher.device)
+    on_cpu = teacher.device.type == "cpu"
+    batch_size = batch_size or (4 if on_cpu else 64)
     settings = _settings(source, teacher, fit, top_k, shard_size)
     slices = _slices(source.samples, shard_size)
     check_output(out)
@@ -140,22 +148,28 @@ def generate(
     num_new = sum(len(slices[number]) for number in todo)
     num_own = sum(len(slices[number]) for number in own)
     start_secs = time.monotonic()
-    with tqdm(
-        desc="label",
-        total=num_own,
-        initial=num_own - num_new,
-        unit="img",
-        smoothing=0.05,
-        # Bars of several processes on one terminal would overwrite each other.
-        disable=None if os.environ.get("LOCAL_RANK", "0") == "0" else True,
-    ) as progress:
+    with (
+        tqdm(
+            desc="label",
+            total=num_own,
+            initial=num_own - num_new,
+            unit="img",
+            smoothing=0.05,
+            # Bars of several processes on one terminal would overwrite each other.
+            disable=None if os.environ.get("LOCAL_RANK", "0") == "0" else True,
+        ) as progress,
+        ThreadPoolExecutor(torch.get_num_threads(), "cpu", torch.set_num_threads, (1,)) as cpu,
+    ):
         _label(
             {number: slices[number] for number in todo},
             load=partial(_load, source, teacher, fit),
-            score=partial(_score, teacher, top_k),
+            score=partial(_score_on_cpu, cpu, teacher, top_k)
+            if on_cpu
+            else partial(_score, teacher, top_k),
+            num_ahead=_NUM_AHEAD + (torch.get_num_threads() if on_cpu else 0),
             write=partial(write_slice, out, settings=settings),
             batch_size=batch_size,
-            num_workers=num_workers or len(os.sched_getaffinity(0)),
+            num_workers=num_workers or _default_workers(),
             num_classes=teacher.num_classes,
             knows_folders=teacher.num_classes == source.num_classes,
             progress=progress,
@@ -166,7 +180,7 @@ def generate(
         # Those of other processes may stem from an earlier run, and nobody has looked at them yet.
         finished = {n: r for n, r in finished.items() if n in own or is_whole(out, r)}
     num_unfinished = len(slices) - len(finished)
-    records = [finished[number] for number in (own if num_unfinished else range(len(slices)))]
+    records = [finished[n] for n in finished if n in own or not num_unfinished]
     total = totals(records)
     if not num_unfinished:
         _check_any_labelled(records)
@@ -262,6 +276,7 @@ def _label(
     load: Callable[[Sample], _Loaded | str],
     score: Callable[[UInt8[np.ndarray, "b h w 3"]], Callable[[], _Scores]],
     write: Callable[..., Slice],
+    num_ahead: int,
     batch_size: int,
     num_workers: int,
     num_classes: int,
@@ -274,7 +289,7 @@ def _label(
     in_flight: deque[Future[None]] = deque()
 
     def run(labels: _Labels, batch: list[_Loaded]) -> None:
-        while len(in_flight) >= _NUM_IN_FLIGHT:
+        while len(in_flight) >= num_ahead:
             in_flight.popleft().result()
         fetch = score(np.stack([loaded.pixels for loaded in batch]))
         in_flight.append(writer.submit(_encode, labels, batch, fetch, num_classes, progress))
@@ -285,6 +300,7 @@ def _label(
         for number, slice_samples in slices.items():
             labels = _Labels()
             buckets: dict[tuple[int, int], list[_Loaded]] = {}
+            # The samples come first: zip must not take an image from the next slice at the end.
             for sample, loaded in zip(slice_samples, loaded_images):
                 if isinstance(loaded, str):
                     labels.quarantined[sample.key] = loaded
@@ -334,6 +350,14 @@ def _load(source: ImageFolder, teacher: Teacher, fit: str, sample: Sample) -> _L
     placement = place(image.size, fit=fit, teacher_size=teacher.image_size, stride=teacher.stride)
     pixels = resize(image, placement, interpolation=teacher.interpolation)
     return _Loaded(sample, pixels, placement)
+
+
+def _score_on_cpu(
+    pool: ThreadPoolExecutor, teacher: Teacher, top_k: int, images: UInt8[np.ndarray, "b h w 3"]
+) -> Callable[[], _Scores]:
+    """Start a batch in a thread of its own; else as _score."""
+    computed = pool.submit(_score, teacher, top_k, images)
+    return lambda: computed.result()()
 
 
 @torch.inference_mode()
@@ -449,6 +473,11 @@ def _write(
         len(record.samples),
         len(record.quarantined),
     )
+
+
+def _default_workers() -> int:
+    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, len(os.sched_getaffinity(0)) // num_processes)
 
 
 def _check_arguments(teacher: Teacher, fit: str, top_k: int, shard_size: int) -> None:

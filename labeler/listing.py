@@ -29,7 +29,9 @@ CLASSES_FILE = "classes.txt"
 _PACKED_INDEX = "index.json"
 _PACKED_FORMAT = "tokenlabel-shards"
 _SPLIT_NAMES = frozenset({"train", "training", "val", "valid", "validation", "test"})
-_SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
+SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
+"""Names that begin like this are no samples."""
+
 _IN_ARCHIVE = re.compile(r"(.+\.(?:tar|zip))/(.+?)/*", re.IGNORECASE)
 _NUM_LISTERS = 16
 
@@ -129,9 +131,10 @@ def _is_image(name: str) -> bool:
     return name[0] != "." and dot + suffix.lower() in IMAGE_SUFFIXES
 
 
-def _top(path: str) -> str:
-    """Return the first folder of a path; one string for all paths that share it."""
-    return sys.intern(path.partition("/")[0])
+def _top(path: str) -> str | None:
+    """Return the first folder of a file's path; one string for all paths that share it."""
+    folder, slash, _ = path.partition("/")
+    return sys.intern(folder) if slash else None
 
 
 def _tree(
@@ -192,7 +195,7 @@ def list_archives(name: str, *, with_classes: bool = False) -> Listing:
     """
     pattern, folder = _split_archive(name)
     _check_kind(pattern)
-    locations = _in_parallel(storage.with_ranges, storage.expand(pattern))
+    locations = _in_parallel(storage.with_ranges, _expanded(pattern))
     listed = _in_parallel(archives.list_archive, locations)
     if storage.is_pattern(pattern) or _has_class_numbers(listed[0]):
         if folder:
@@ -201,7 +204,7 @@ def list_archives(name: str, *, with_classes: bool = False) -> Listing:
     (location,), (contents,) = locations, listed
     contents = _with_class_tars(location, _below(contents, folder))
     if not folder:
-        contents = _without_common_folder(name, contents)
+        name, contents = _without_common_folder(name, contents)
     files = [
         _in_archive(location, member, _top(member.name))
         for member in contents.members
@@ -209,7 +212,7 @@ def list_archives(name: str, *, with_classes: bool = False) -> Listing:
     ]
     classes = _classes_in(name, location, contents)
     num_ignored = len(contents.members) - len(files) - (classes is not None)
-    tops = [_top(path) for path in contents.folders]
+    tops = [path.partition("/")[0] for path in contents.folders]
     return _tree(name, files, tops, classes, num_ignored, with_classes=with_classes)
 
 
@@ -233,6 +236,14 @@ def _check_kind(pattern: str) -> None:
             f"{pattern} is neither a folder nor an archive ({' '.join(archives.SUFFIXES)}) nor a "
             f"list of images ({' '.join(LIST_SUFFIXES)})"
         )
+
+
+def _expanded(pattern: str) -> list[str]:
+    locations = storage.expand(pattern)
+    for location in locations:
+        if not (storage.is_url(location) or Path(location).exists()):
+            raise FileNotFoundError(f"{location}, one of {pattern}, does not exist")
+    return locations
 
 
 def _in_parallel(function: Callable[[_Item], _Result], items: list[_Item]) -> list[_Result]:
@@ -286,7 +297,7 @@ def _below(contents: Contents, folder: str) -> Contents:
     prefix = folder + "/" if folder else ""
     return Contents(
         [
-            member._replace(name=member.name.removeprefix(prefix))
+            member._replace(name=member.name.removeprefix(prefix)) if prefix else member
             for member in contents.members
             if member.name.startswith(prefix) and _is_visible(member.name.rpartition("/")[0])
         ],
@@ -303,15 +314,20 @@ def _is_visible(folder: str) -> bool:
     return not any(part[:1] == "." or part == "__MACOSX" for part in folder.split("/"))
 
 
-def _without_common_folder(name: str, contents: Contents) -> Contents:
-    """Take the only folder of an archive as its root, where class folders follow in it."""
+def _without_common_folder(name: str, contents: Contents) -> tuple[str, Contents]:
+    """Take the only folder of an archive as its root, where class folders follow in it.
+
+    Returns:
+        What to call the root, and what lies below it.
+    """
     images = [member.name for member in contents.members if _is_image_member(member)]
-    tops = {_top(path) for path in images}.union(map(_top, contents.folders))
-    if len(tops) != 1 or any(path.count("/") < 2 for path in images):
-        return contents
+    tops = {path.partition("/")[0] for path in (*images, *contents.folders)}
+    has_classes_file = any(member.name == CLASSES_FILE for member in contents.members)
+    if len(tops) != 1 or has_classes_file or any(path.count("/") < 2 for path in images):
+        return name, contents
     (top,) = tops
     _logger.info("%s: all images lie in %s/, which is taken as the root", name, top)
-    return _without_common_folder(name, _below(contents, top))
+    return _without_common_folder(f"{name}/{top}", _below(contents, top))
 
 
 def _in_archive(location: str, member: Member, label: str | None) -> ListedFile:
@@ -341,7 +357,7 @@ def _shards(name: str, locations: list[str], listed: list[Contents]) -> Listing:
         for key, members in groupby(contents.members, lambda member: shard_stem(member.name)):
             fields = _fields(location, key, members)
             image = next((fields[s] for s in IMAGE_SUFFIXES if s in fields), None)
-            if image is None or _SKIPPED_BY_WEBDATASET.match(key):
+            if image is None or SKIPPED_BY_WEBDATASET.match(key):
                 num_ignored += len(fields)
                 continue
             label = _class_number(location, fields[".cls"]) if ".cls" in fields else None
@@ -404,9 +420,10 @@ def _packed_classes(location: str) -> Classes | None:
     try:
         facts = json.loads(index.read_bytes())
         if facts["format"] == _PACKED_FORMAT:
-            return Classes(str(index), facts["class_ids"], facts["class_names"])
+            ids, names = ([str(x) for x in facts[field]] for field in ("class_ids", "class_names"))
+            return Classes(str(index), ids, names)
     except (ValueError, KeyError, TypeError):
-        _logger.warning("%s is no index that could be read; class names are unknown", index)
+        _logger.warning("%s could not be read; the names of the classes are unknown", index)
     return None
 
 
@@ -425,7 +442,7 @@ def list_file(path: Path, root: Path | str | None) -> Listing:
         ValueError: If a line cannot be understood, or a path leads out of the root.
     """
     rows = _rows(path)
-    place = _places(path, str(path.parent if root is None else root))
+    place = _places(str(path.parent if root is None else root))
     files = []
     for number, (image, label) in rows.items():
         try:
@@ -455,7 +472,10 @@ def _rows(path: Path) -> dict[int, tuple[str, str | None]]:
     rows: dict[int, tuple[str, str | None]] = {}
     num_columns = None
     for number, line in enumerate(lines, start=1):
-        cells = line.split("\t") if is_tabbed else next(csv.reader([line]), [])
+        try:
+            cells = line.split("\t") if is_tabbed else next(csv.reader([line]), [])
+        except csv.Error as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
         is_heading = number == 1 and not any(map(_has_image_suffix, cells))
         if is_heading or not line.strip():
             continue
@@ -480,7 +500,7 @@ def _has_image_suffix(path: str) -> bool:
     return path.lower().endswith(IMAGE_SUFFIXES)
 
 
-def _places(path: Path, root: str) -> Callable[[str], ListedFile]:
+def _places(root: str) -> Callable[[str], ListedFile]:
     """Return a function that finds an image by its path below the root."""
     if not Path(root).is_dir():
         return _places_in_archive(root)
@@ -499,8 +519,7 @@ def _places(path: Path, root: str) -> Callable[[str], ListedFile]:
 def _places_in_archive(root: str) -> Callable[[str], ListedFile]:
     pattern, folder = _split_archive(root)
     found: dict[str, ListedFile] = {}
-    for location in storage.expand(pattern):
-        location = storage.with_ranges(location)
+    for location in map(storage.with_ranges, _expanded(pattern)):
         contents = _below(archives.list_archive(location), folder)
         for member in _with_class_tars(location, contents).members:
             found[member.name] = _in_archive(location, member, None)

@@ -132,7 +132,7 @@ def escape(path: str) -> str:
     """
     folder, slash, name = path.rpartition("/")
     key = _percent(folder, _KEY_UNSAFE) + slash + _percent(name, _NAME_UNSAFE)
-    return "%5F" + key[1:] if _SKIPPED_BY_WEBDATASET.match(key) else key
+    return "%5F" + key[1:] if listing.SKIPPED_BY_WEBDATASET.match(key) else key
 
 
 def unescape(key: str) -> str:
@@ -144,7 +144,6 @@ def unescape(key: str) -> str:
 _KEY_UNSAFE = re.compile(r"[%\\\s\x00-\x20\x7f\ud800-\udfff]")
 _NAME_UNSAFE = re.compile(r"[.%\\\s\x00-\x20\x7f\ud800-\udfff]")
 _SHARD_KEY_UNSAFE = re.compile(r"%(?![0-9A-F]{2})|[\\\s\x00-\x20\x7f\ud800-\udfff]")
-_SKIPPED_BY_WEBDATASET = re.compile(r"__[^/]*__($|/)")
 
 
 def _percent(text: str, unsafe: re.Pattern[str]) -> str:
@@ -232,7 +231,7 @@ def _samples(found: Listing, index_of: dict[str, int]) -> list[Sample]:
         Sample(
             key,
             file.file,
-            None if file.label is None else index_of.get(file.label),
+            None if file.label is None else index_of[file.label],
             file.offset,
             file.num_bytes,
         )
@@ -251,3 +250,4 @@ def _described(file: ListedFile) -> str:
 
 
 ImageFolder = ImageSource
+"""The older name."""

@@ -80,11 +80,8 @@ class HttpFile:
 
     def _get(self, start: int, stop: int) -> tuple[bytes, int]:
         """Return bytes start to stop, and the size of the whole file."""
-        request = urllib.request.Request(
-            self._url, headers={"Range": f"bytes={start}-{stop - 1}", "User-Agent": "tokenlabel"}
-        )
         try:
-            with _urlopen(request) as response:
+            with _urlopen(self._url, {"Range": f"bytes={start}-{stop - 1}"}) as response:
                 content_range = response.headers.get("Content-Range", "")
                 match = re.fullmatch(rf"bytes {start}-\d+/(\d+)", content_range)
                 if response.status != http.client.PARTIAL_CONTENT or match is None:
@@ -197,8 +194,9 @@ def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
         raise ValueError(f"{url} cannot be opened: {error}") from error
 
 
-def _urlopen(request: urllib.request.Request) -> http.client.HTTPResponse:
+def _urlopen(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
     """Send a request; what the server says about the file itself becomes the usual OSErrors."""
+    request = urllib.request.Request(url, headers=headers | {"User-Agent": "tokenlabel"})
     try:
         return urllib.request.urlopen(request, timeout=_TIMEOUT_SECS)
     except urllib.error.HTTPError as error:
@@ -247,7 +245,7 @@ def _copy(url: str) -> str:
 
 
 def _download(url: str, file: IO[bytes]) -> None:
-    with _urlopen(urllib.request.Request(url)) as response:
+    with _urlopen(url, {}) as response:
         shutil.copyfileobj(response, file, _COPY_BYTES)
         num_bytes = response.headers.get("Content-Length")
     # Where a connection breaks off, reading in pieces just ends.

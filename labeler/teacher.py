@@ -81,6 +81,9 @@ class Teacher:
     """Over names, shapes and values of the weights, however they were stored."""
     class_names: list[str] | None = field(repr=False)
     """Known for ImageNet and its kin, and where the weights bring names along."""
+    # On the device already: making them anew would wait for the batch before.
+    _mean: Float[Tensor, "3 1 1"] = field(repr=False)
+    _std: Float[Tensor, "3 1 1"] = field(repr=False)
 
     def dense(
         self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
@@ -100,9 +103,7 @@ class Teacher:
         grid = images.shape[2] // self.stride, images.shape[3] // self.stride
         images = images.to(self.device, non_blocking=True)
         scale = 1 / 255 if images.dtype == torch.uint8 else 1.0
-        mean = torch.tensor(self.mean, device=self.device).view(3, 1, 1)
-        std = torch.tensor(self.std, device=self.device).view(3, 1, 1)
-        pixels = (images * scale - mean) / std
+        pixels = (images * scale - self._mean) / self._std
         with self._autocast():
             features = self.model.forward_features(  # pyright: ignore[reportCallIssue]: timm's API
                 pixels.contiguous(memory_format=torch.channels_last)
@@ -116,7 +117,7 @@ class Teacher:
         flat = cells.float().flatten(0, 2)
         inputs = _as_images(flat, self.layout, _num_prefix_tokens(self.model))
         logits = self.model.forward_head(inputs)  # pyright: ignore[reportCallIssue]: timm's API
-        return logits.view(*cells.shape[:3], -1)
+        return logits.reshape(*cells.shape[:3], -1)
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -206,6 +207,8 @@ def as_teacher(
         interpolation=config["interpolation"],
         weights_sha256=weights_sha256,
         class_names=_class_names(model, num_classes),
+        _mean=torch.tensor(config["mean"], device=device).view(3, 1, 1),
+        _std=torch.tensor(config["std"], device=device).view(3, 1, 1),
     )
 
 
@@ -223,15 +226,13 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        resolved = torch.device(device)
-        torch.empty(1, device=resolved)
+        return torch.empty(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"device {device!r} cannot be used: {reason}; {torch.cuda.device_count()} CUDA devices "
             "are visible; give 'auto', 'cpu', 'cuda' or 'cuda:N'"
         ) from error
-    return resolved
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:

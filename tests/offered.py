@@ -109,20 +109,20 @@ def offer(root: Path, folder: Path) -> dict[str, str]:
 
 
 class _Handler(BaseHTTPRequestHandler):
-    server: "_Server"
-
     def do_GET(self) -> None:
-        if self.server.num_failures:
-            self.server.num_failures -= 1
+        server = self.server
+        assert isinstance(server, _Server)
+        if server.num_failures:
+            server.num_failures -= 1
             self.send_error(503)
             return
-        path = self.server.folder / self.path.lstrip("/")
+        path = server.folder / self.path.lstrip("/")
         if not path.is_file():
             self.send_error(404)
             return
         data = path.read_bytes()
         start, _, last = self.headers.get("Range", "").removeprefix("bytes=").partition("-")
-        if not (self.server.has_ranges and start):
+        if not (server.has_ranges and start):
             self._answer(200, data, {})
         elif int(start) >= len(data):
             self._answer(416, b"", {"Content-Range": f"bytes */{len(data)}"})

@@ -307,6 +307,11 @@ def test_classes_and_empty_class_folders_in_a_tar_count(tmp_path: Path):
     assert [sample.class_index for sample in source.samples] == [1, 1]
 
 
+def test_the_folder_beside_classes_txt_is_a_class(tmp_path: Path):
+    (tmp_path / "x.tar").write_bytes(tar_of({"classes.txt": b"dog\n", "dog/deep/1.jpg": b"1"}))
+    assert open_source(tmp_path / "x.tar").class_ids == ["dog"]
+
+
 def test_hidden_and_other_members_are_left_out_and_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
@@ -320,7 +325,9 @@ def test_hidden_and_other_members_are_left_out_and_counted(
 def test_splits_in_a_tar_are_refused_with_what_to_give(tmp_path: Path):
     path = tmp_path / "x.tar"
     path.write_bytes(tar_of({"d/train/cat/1.jpg": b"1", "d/val/cat/1.jpg": b"1"}))
-    with pytest.raises(ValueError, match=r"are splits, not classes \(train, val\)"):
+    with pytest.raises(
+        ValueError, match=r"are splits, not classes \(train, val\); .*x\.tar/d/train"
+    ):
         open_source(path)
     assert [sample.key for sample in open_source(f"{path}/d/train/").samples] == ["cat/1"]
 
@@ -491,7 +498,7 @@ def test_a_file_whose_name_looks_like_a_pattern_is_that_file(tmp_path: Path):
 
 def test_shards_that_are_not_there_are_named(tmp_path: Path):
     _write_shards(tmp_path, {"0.jpg": b""})
-    with pytest.raises(FileNotFoundError, match=r"s-1\.tar"):
+    with pytest.raises(FileNotFoundError, match=r"s-1\.tar, one of .*s-\{0\.\.1\}\.tar, does not"):
         open_source(f"{tmp_path}/s-{{0..1}}.tar")
     with pytest.raises(FileNotFoundError, match=r"no file matches .*/t-\*\.tar"):
         open_source(f"{tmp_path}/t-*.tar")
@@ -573,6 +580,17 @@ def test_lists_are_read(tmp_path: Path, text: str, expected: list[tuple[str, int
     assert source.read(source.samples[0]) == b"pixels"
 
 
+def test_a_damaged_index_beside_shards_costs_the_names_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    pattern = _write_shards(tmp_path, {"0.jpg": b"", "0.cls": b"1"})
+    for content in ("{", "[]", '{"format": "tokenlabel-shards", "class_ids": 3}'):
+        (tmp_path / "index.json").write_text(content)
+        assert open_source(pattern).class_names == ["0", "1"]
+        assert "index.json could not be read" in caplog.text
+        caplog.clear()
+
+
 def test_numbers_in_a_list_may_be_names(tmp_path: Path):
     (tmp_path / "classes.txt").write_text("10\n9\n")
     source = open_source(_list(tmp_path, "cat/1.jpg,9\ndog/2.JPEG,10\n"))
@@ -595,6 +613,7 @@ def test_absolute_paths_below_the_root_give_relative_keys(tmp_path: Path):
         ("cat/1.jpg,\n", "line 1: .* is not PATH"),
         ("cat/1.jpg,a\ndog/2.JPEG\n", r"line 2: .* has no class, unlike the lines before"),
         ("cat/1.jpg\ndog/2.JPEG,b\n", r"line 2: .* has a class, unlike the lines before"),
+        (f"cat/1.jpg,{'x' * 200_000}\n", "line 1: field larger than field limit"),
         ("cat/1.jpg\n../x.jpg\n", r"line 2: \.\./x\.jpg leads out of .*--root"),
         ("/etc/x.jpg\n", r"line 1: /etc/x\.jpg leads out of"),
         ("cat/1.jpg\ncat/1.jpg\n", r"cat/1\.jpg and cat/1\.jpg in .*list.csv would share the key"),

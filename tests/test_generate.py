@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -123,6 +124,34 @@ def test_batches_and_pieces_change_nothing_but_rounding(run, tmp_path, monkeypat
     for key in one.keys:
         (left,), (right,) = decode(one.read(key)), decode(many.read(key))
         assert np.allclose(left.scores, right.scores, atol=1e-2)
+
+
+def test_the_number_of_threads_changes_no_byte(run, tmp_path):
+    # A teacher in which oneDNN does cut convolutions up between threads, when it has several.
+    teacher = as_teacher(
+        timm.create_model("tf_efficientnet_lite0", num_classes=NUM_CLASSES),
+        name="lite0",
+        image_size=160,
+        device=torch.device("cpu"),
+    )
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        run(tmp_path / str(threads), teacher=teacher, batch_size=5, num_workers=threads)
+        assert torch.get_num_threads() == threads
+    assert files_of(tmp_path / "1") == files_of(tmp_path / "2")
+
+
+@pytest.mark.gpu
+def test_a_gpu_finds_what_the_cpu_finds(run, checkpoint, tmp_path):
+    run(tmp_path / "cpu")
+    for precision in ("fp32", "bf16"):
+        options = {"image_size": 96, "device": "cuda", "precision": precision}
+        on_gpu = load_teacher(TEACHER, checkpoint=checkpoint, **options)
+        run(tmp_path / precision, teacher=on_gpu)
+        ours, theirs = LabelSet.open(tmp_path / precision), LabelSet.open(tmp_path / "cpu")
+        for key in theirs.keys:
+            (found,), (wanted,) = decode(ours.read(key)), decode(theirs.read(key))
+            assert np.allclose(found.scores, wanted.scores, atol=0.1 * wanted.scores.std())
 
 
 def test_the_set_says_what_made_it(run, teacher, images, tmp_path):
@@ -552,6 +581,16 @@ def test_mistakes_are_one_line_and_status_2(images, checkpoint, tmp_path, option
     assert found.exit_code == 2
     last = found.stderr.strip().splitlines()[-1]
     assert last.startswith("label generate: ") and problem in last
+
+
+def test_the_documented_commands_are_understood(docs_folder):
+    text = (docs_folder / "label-generation.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^    .*?tl-label (generate .*)$", text, re.MULTILINE)
+    assert len(commands) == 4
+    for line in commands:
+        name, *arguments = line.split()
+        with label.commands[name].make_context(name, arguments) as context:
+            assert context.params["out"] == Path("labels")
 
 
 # ----------------------------------------------------------------------------------- a real teacher

@@ -67,6 +67,8 @@ class Data:
 
     source: str
     """Where it lies, for the records."""
+    split: str = "train"
+    """Which part of it is learned from, for the records."""
     class_ids: list[str]
     class_names: list[str]
     num_samples: int
@@ -130,7 +132,10 @@ def train(
             init=init, init_ema=init_ema, resume=resume, overwrite=overwrite,
         )  # fmt: skip
         if place.is_main and outcome.step == outcome.total_steps:
-            write_report(out)
+            try:
+                write_report(out)
+            except (OSError, ValueError) as error:  # the run itself is finished and saved
+                log.warning("no report was written: %s", error)
         return outcome
 
 
@@ -206,6 +211,7 @@ def open_data(
         )
     return Data(
         source=str(folder.resolve()),
+        split=split,
         class_ids=index.class_ids,
         class_names=index.class_names,
         num_samples=index.split(split).num_samples,
@@ -277,7 +283,12 @@ def fit(
         # Only now, when recipe, weights and data have proved to fit: a mistake leaves no folder.
         run_log.prepare_folder(out, overwrite=overwrite)
         run_log.replace_text(out / run_log.RECIPE, to_toml(recipe))
-        about = {"data": data.source, "processes": place.world_size, "device": str(place.device)}
+        about = {
+            "data": data.source,
+            "split": data.split,
+            "processes": place.world_size,
+            "device": str(place.device),
+        }
         run_log.write_environment(out, step=start, about=about)
         records = RunLog(out, step=start)
     log.info("%s", explain_lr(recipe.optim))
