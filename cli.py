@@ -41,7 +41,7 @@ class _Command(click.Command):
             level=logging.DEBUG if debug else logging.INFO,
             format="%(levelname).1s %(name)s: %(message)s" if debug else "%(message)s",
         )
-        for noisy in ("PIL", "matplotlib", "urllib3", "fsspec", "torio"):
+        for noisy in ("PIL", "matplotlib", "urllib3", "fsspec", "huggingface_hub", "httpx"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             return super().invoke(ctx)
@@ -70,7 +70,17 @@ def label() -> None:
 
 @label.command("generate")
 @click.option(
-    "--images", type=_FOLDER, required=True, help="Photos in class folders: IMAGES/CLASS/x.jpg."
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    help="Class folders IMAGES/CLASS/x.jpg or a flat folder; a .tar or .zip of such, or a tar of "
+    "class tars; WebDataset shards, as 'train-{000..012}.tar', a glob or URLs; or a list, .csv, "
+    ".tsv or .txt, of PATH or PATH,CLASS.",
+)
+@click.option(
+    "--root",
+    metavar="FOLDER|ARCHIVE",
+    help="Folder or archive that the paths of a list start from.  [default: the list's own folder]",
 )
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the label set.")
 @click.option(
@@ -142,7 +152,8 @@ def label() -> None:
     help="Replace the labels of a run with other settings, if OUT holds such.",
 )
 def label_generate(
-    images: Path,
+    images: str,
+    root: str | None,
     out: Path,
     teacher: str,
     checkpoint: Path | None,
@@ -173,7 +184,7 @@ def label_generate(
     from .labeler.teacher import load_teacher
 
     rank, world_size = share_of_work(part)
-    source = open_source(images, classes=classes)
+    source = open_source(images, classes=classes, root=root)
     check_output(out)
     summary = generate(
         source,
@@ -220,6 +231,528 @@ def label_generate(
         )
     else:
         click.echo(f"  label set: {out}")
+
+
+def _source_options(*, required: bool, why: str = "") -> Any:
+    """Options that say where images are: --images, --classes, --root."""
+    options = [
+        click.option(
+            "--images",
+            required=required,
+            metavar="SOURCE",
+            help="The images of the set: what tl-label generate and tl-shard pack take, e.g. a "
+            f"folder of class folders.{why}",
+        ),
+        click.option(
+            "--classes",
+            type=_FILE,
+            help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class "
+            "index.  [default: classes.txt beside the images if there, else sorted folder names]",
+        ),
+        click.option(
+            "--root",
+            metavar="FOLDER|ARCHIVE",
+            help="What the paths of a list start from.  [default: the list's own folder]",
+        ),
+    ]
+
+    def add(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return add
+
+
+_device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
+)
+_precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the teacher; auto is bf16 on a GPU, fp32 on a CPU.",
+)
+_kind_option = click.option(
+    "--kind",
+    type=click.Choice(["token-labeling", "relabel"]),
+    required=True,
+    help="token-labeling: float16, 18×18 cells. relabel: float32, 15×15.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
+@label.command("import")
+@click.argument("src", metavar="SRC")
+@_kind_option
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the label set.")
+@_source_options(
+    required=False, why=" Needed for auto and for fit center; without it, names become keys."
+)
+@click.option(
+    "--orientation",
+    type=click.Choice(["auto", "rows-cols", "cols-rows"]),
+    default="auto",
+    show_default=True,
+    help="Which of the files' last two axes comes first. auto looks at some images.",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["auto", "native", "stretch", "center"]),
+    default="auto",
+    show_default=True,
+    help="What a map covers: the whole image (native, stretch) or the square in its middle.",
+)
+@click.option(
+    "--teacher",
+    help="For auto: a timm classifier that knows the set's classes, best the set's own teacher.",
+)
+@click.option("--checkpoint", type=_FILE, help="Its weights.  [default: timm's, downloaded once]")
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="For auto: images to look at.",
+)
+@click.option("--seed", default=0, show_default=True, help="For auto: of the choice of images.")
+@click.option(
+    "--num-classes",
+    type=click.IntRange(min=1),
+    help="Classes of the set.  [default: those of --teacher, else 1000]",
+)
+@click.option("--made-by", default="unknown", help="Name of the set's own teacher, for the index.")
+@_device_option
+@_precision_option
+def label_import(
+    src: str,
+    kind: str,
+    out: Path,
+    images: str | None,
+    classes: Path | None,
+    root: str | None,
+    orientation: str,
+    fit: str,
+    teacher: str | None,
+    checkpoint: Path | None,
+    num_images: int,
+    seed: int,
+    num_classes: int | None,
+    made_by: str,
+    device: str,
+    precision: str,
+) -> None:
+    """Turn a label set that others published into label shards.
+
+    SRC holds a torch file per image, CLASS/STEM.pt: a folder, a .tar or a .zip, which is not
+    unpacked. The files do not say which axis comes first nor what part of the image they cover;
+    auto finds out, says how sure it is, and stops where it cannot tell. The teacher's residual is
+    not known, so that training takes --set labels.fill=zero.
+
+    \b
+    Examples:
+      tl-label import label_top5_train_nfnet --kind token-labeling --out labels \\
+          --images imagenet/train --teacher resnet50
+      tl-label import relabel_imagenet.tar --kind relabel --out labels \\
+          --orientation rows-cols --fit stretch
+    """
+    from .labeler.orientation import find_geometry
+    from .labeler.published import (
+        DEFAULT_NUM_CLASSES,
+        PublishedFiles,
+        class_names_of,
+        import_set,
+    )
+    from .labeler.sources import open_source
+    from .labeler.teacher import load_teacher
+
+    is_auto = "auto" in (orientation, fit)
+    if is_auto and (images is None or teacher is None):
+        raise ValueError(
+            "to find out --orientation and --fit, --images SOURCE and --teacher NAME are needed; "
+            "or say what they are, e.g. --orientation rows-cols --fit stretch"
+        )
+    files = PublishedFiles(src)
+    source = None if images is None else open_source(images, classes=classes, root=root)
+    model = None
+    if teacher is not None:
+        model = load_teacher(teacher, checkpoint=checkpoint, device=device, precision=precision)
+    geometry = None
+    if is_auto and source is not None and model is not None:
+        geometry = find_geometry(
+            files, source, model, axes=orientation, fit=fit, num_images=num_images, seed=seed
+        )
+        orientation, fit = geometry.axes, geometry.fit
+        click.echo(f"looked at {_counted(geometry.num_images, 'image')} with {model.name}:")
+        for probe in geometry.probes:
+            click.echo(f"  {probe.axes:<10} {probe.fit:<8} {_interval(probe.agreement)} of cells")
+        if geometry.margin is not None:
+            click.echo(f"  ahead by {_interval(geometry.margin)}, with 99 % confidence")
+    if num_classes is None:
+        num_classes = DEFAULT_NUM_CLASSES if model is None else model.num_classes
+    summary = import_set(
+        files,
+        out,
+        kind=kind,
+        axes=orientation,
+        fit=fit,
+        evidence=None if geometry is None else geometry.to_json(),
+        source=source,
+        num_classes=num_classes,
+        class_names=class_names_of(num_classes, source, model),
+        teacher_name=made_by,
+    )
+    click.echo(
+        f"{_counted(summary.num_labelled, 'image')} labelled, "
+        f"{summary.map_bytes / summary.num_labelled:,.0f} bytes an image"
+    )
+    click.echo(f"  read as: orientation {orientation}, fit {fit}")
+    if summary.num_unused:
+        click.echo(f"  unused: {_counted(summary.num_unused, 'file')} without an image")
+    if summary.quarantined:
+        click.echo(f"  left out: {len(summary.quarantined)}, all listed in {out / 'index.json'}")
+    for key, reason in list(summary.quarantined.items())[:10]:
+        click.echo(f"    {key}: {reason}")
+    click.echo(f"  label set: {out}")
+
+
+@label.command("export")
+@click.argument("labels", type=_FOLDER)
+@_kind_option
+@click.option("--out", type=_FOLDER, required=True, help="A new folder.")
+@click.option(
+    "--grid",
+    type=click.IntRange(min=1),
+    help="Rows and columns of the files' maps.  [default: 18 for token-labeling, 15 for relabel]",
+)
+@click.option(
+    "--top-k", type=click.IntRange(1, 255), default=5, show_default=True, help="Classes per cell."
+)
+@click.option(
+    "--fill",
+    type=click.Choice(["residual", "zero"]),
+    help="residual: scores are written so that the 0 which the trainers give to all other classes "
+    "is the teacher's residual. zero: raw logits, as in the published sets.  "
+    "[default: residual where it is known]",
+)
+@_source_options(
+    required=False,
+    why=" Given it, maps of photos with an EXIF orientation are turned as the photo is stored: "
+    "the published trainers do not turn photos upright.",
+)
+def label_export(
+    labels: Path,
+    kind: str,
+    out: Path,
+    grid: int | None,
+    top_k: int,
+    fill: Any,
+    images: str | None,
+    classes: Path | None,
+    root: str | None,
+) -> None:
+    """Write a label set as one torch file per image, CLASS/STEM.pt.
+
+    The trainers of LV-ViT, VOLO, UniFormer and ReLabel read such files. What they cannot hold is
+    lost: the normaliser, the window of maps that cover a part of the image, the grid's native
+    shape, classes beyond --top-k, all levels of a pyramid but the first; kind token-labeling
+    refuses more than 2048 classes, whose ids float16 would round.
+
+    \b
+    Example:
+      tl-label export labels --kind token-labeling --out label_data
+    """
+    from .labeler.label_set import LabelSet
+    from .labeler.published import export_set
+    from .labeler.sources import open_source
+
+    summary = export_set(
+        LabelSet.open(labels),
+        out,
+        kind=kind,
+        grid=None if grid is None else (grid, grid),
+        top_k=top_k,
+        fill=fill,
+        source=None if images is None else open_source(images, classes=classes, root=root),
+    )
+    click.echo(f"{_counted(summary.num_files, 'file')} in {out}, fill {summary.fill}")
+    losses = {
+        "brought to another grid": summary.num_resampled,
+        "turned as their photos are stored": summary.num_turned,
+        "of a part of the image, which the file does not say": summary.num_windows,
+        "reduced to the first of several levels": summary.num_pyramids,
+    }
+    for what, number in losses.items():
+        if number:
+            click.echo(f"  {what}: {_counted(number, 'map')}")
+
+
+@label.command("verify")
+@click.argument("labels", type=_FOLDER)
+@_source_options(required=True)
+@click.option("--teacher", help="A timm classifier.  [default: the one that the set names]")
+@click.option("--checkpoint", type=_FILE, help="Its weights.  [default: timm's, downloaded once]")
+@click.option(
+    "--num-images", type=click.IntRange(min=1), default=100, show_default=True, help="To look at."
+)
+@click.option(
+    "--crops", type=click.IntRange(min=1), default=8, show_default=True, help="Crops per image."
+)
+@click.option("--seed", default=0, show_default=True, help="Of images and crops.")
+@click.option(
+    "--crop-px",
+    type=click.IntRange(min=1),
+    help="Side at which the teacher sees a crop, rounded to whole cells.  "
+    "[default: 0.78 of the side at which the maps were made: 448 for 576]",
+)
+@click.option(
+    "--fill",
+    type=click.Choice(["residual", "zero"]),
+    help="What stands for classes outside the top k.  [default: residual where it is known]",
+)
+@click.option(
+    "--min-agreement",
+    type=click.FloatRange(0, 1),
+    help="Exit with status 1 if token top-1 is below.",
+)
+@_device_option
+@_precision_option
+@_json_option
+def label_verify(
+    labels: Path,
+    images: str,
+    classes: Path | None,
+    root: str | None,
+    teacher: str | None,
+    checkpoint: Path | None,
+    num_images: int,
+    crops: int,
+    seed: int,
+    crop_px: int | None,
+    fill: Any,
+    min_agreement: float | None,
+    device: str,
+    precision: str,
+    as_json: bool,
+) -> None:
+    """Check that a label set is whole, and that it says what the teacher says.
+
+    Every map is decoded and the keys are compared with the images. Then the teacher looks at
+    random crops of random images, cut like training crops, and its answers are compared with the
+    targets that training would take out of the maps. Exit status 1: images without a label, maps
+    that cannot be read, keys that occur twice, or agreement below --min-agreement.
+
+    \b
+    Example:
+      tl-label verify labels --images photos --min-agreement 0.3
+    """
+    import json
+
+    from .labeler.label_set import LabelSet, read_index
+    from .labeler.sources import open_source
+    from .labeler.teacher import load_teacher
+    from .labeler.verify import check_keys, measure, suggested_crop_px, teacher_of
+
+    index = read_index(labels)
+    source = open_source(images, classes=classes, root=root)
+    model = load_teacher(
+        teacher or teacher_of(index),
+        checkpoint=checkpoint,
+        image_size=crop_px or suggested_crop_px(index),
+        device=device,
+        precision=precision,
+    )
+    found = check_keys(labels, source)
+    agreement = None
+    if not (found.damaged or found.duplicates):
+        agreement = measure(
+            LabelSet.open(labels),
+            source,
+            model,
+            num_images=num_images,
+            num_crops=crops,
+            seed=seed,
+            fill=fill,
+        )
+    is_low = (
+        agreement is not None
+        and min_agreement is not None
+        and agreement.table.token_top1.value < min_agreement
+    )
+    if as_json:
+        content = {
+            "is_whole": found.is_whole,
+            "keys": vars(found),
+            "agreement": None if agreement is None else agreement.to_json(),
+            "min_agreement": min_agreement,
+        }
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+    else:
+        _echo_keys(found)
+        if agreement is not None:
+            _echo_agreement(agreement)
+    if is_low and not as_json:
+        click.echo(f"token top-1 is below --min-agreement {min_agreement:g}")
+    if is_low or not found.is_whole:
+        sys.exit(1)
+
+
+def _echo_keys(found: Any) -> None:
+    click.echo(
+        f"{_counted(found.num_labelled, 'image')} labelled, {found.num_quarantined} left out "
+        "when the set was made"
+    )
+    problems = {
+        "missing": (dict.fromkeys(found.missing, ""), "image"),
+        "surplus": (dict.fromkeys(found.surplus, ""), "key"),
+        "duplicate": (dict.fromkeys(found.duplicates, ""), "key"),
+        "undecodable": (found.undecodable, "map"),
+        "damaged": (found.damaged, "file"),
+    }
+    for what, (entries, noun) in problems.items():
+        click.echo(f"  {what:<12} {_counted(len(entries), noun)}")
+        for name, why in list(entries.items())[:10]:
+            click.echo(f"    {name}" + (f": {why}" if why else ""))
+
+
+def _echo_agreement(agreement: Any) -> None:
+    which = {
+        True: "the one that made the maps",
+        False: "other weights than those that made the maps",
+        None: "the set does not say which weights made it",
+    }
+    table = agreement.table
+    click.echo(
+        f"teacher {agreement.teacher}: {which[agreement.same_teacher]}; "
+        f"{agreement.num_crops} random crops of each of "
+        f"{_counted(agreement.num_images, 'image')}, shown at {agreement.crop_px} px "
+        f"({table.grid[0]}×{table.grid[1]} tokens), fill {agreement.fill}"
+    )
+    click.echo(f"  token top-1  {_interval(table.token_top1)}")
+    click.echo(f"  token KL     {_interval(table.token_kl)} nats")
+    click.echo(f"  class top-1  {_interval(table.class_top1)}")
+    click.echo(f"  class KL     {_interval(table.class_kl)} nats")
+    if table.coverage < 0.9995:
+        click.echo(f"  tokens outside what the maps cover: {1 - table.coverage:.1%}")
+    for key, why in list(agreement.unreadable.items())[:10]:
+        click.echo(f"  not read: {key}: {why}")
+
+
+def _interval(interval: Any) -> str:
+    return f"{interval.value:.3f} [{interval.low:.3f}, {interval.high:.3f}]"
+
+
+@label.command("show")
+@click.argument("labels", type=_FOLDER)
+@click.argument("keys", metavar="[KEY]...", nargs=-1)
+@_source_options(required=True)
+@click.option("--out", type=_FILE, required=True, help="A .png, or an .html page of them.")
+@click.option(
+    "--grid", type=click.IntRange(min=1), default=14, show_default=True, help="Tokens per side."
+)
+@click.option("--seed", default=0, show_default=True, help="Of the crops, and of keys not given.")
+def label_show(
+    labels: Path,
+    keys: tuple[str, ...],
+    images: str,
+    classes: Path | None,
+    root: str | None,
+    out: Path,
+    grid: int,
+    seed: int,
+) -> None:
+    """Draw label maps over their photos.
+
+    For each KEY: the photo, its map coloured by class with the names, how sure the teacher is in
+    each cell and what its top k leave over, and a random training crop with its token targets.
+    Without a KEY, three are chosen at random. Keys are paths below the images' root, without the
+    suffix.
+
+    \b
+    Example:
+      tl-label show labels --images photos n02099601/golden --out sheet.png
+    """
+    from .labeler.label_set import LabelSet
+    from .labeler.sheet import draw_sheets, write_sheets
+    from .labeler.sources import open_source
+
+    sheets = draw_sheets(
+        LabelSet.open(labels),
+        open_source(images, classes=classes, root=root),
+        keys,
+        seed=seed,
+        grid=(grid, grid),
+    )
+    write_sheets(sheets, out, title=f"Label maps of {labels}")
+    click.echo(f"{out}: {', '.join(sheets)}")
+
+
+@label.command("info")
+@click.argument("labels", type=_FOLDER)
+@_source_options(required=False, why=" Given it, the teacher is compared with the folders.")
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=0),
+    default=10_000,
+    show_default=True,
+    help="Read the maps of so many images at most, chosen at random; 0 means all.",
+)
+@click.option("--seed", default=0, show_default=True, help="Of that choice.")
+@_json_option
+def label_info(
+    labels: Path,
+    images: str | None,
+    classes: Path | None,
+    root: str | None,
+    num_images: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Describe a label set in one screen.
+
+    \b
+    Example:
+      tl-label info labels --images photos
+    """
+    import json
+
+    from .labeler.info import describe, in_words
+    from .labeler.label_set import LabelSet
+    from .labeler.sources import open_source
+
+    opened = LabelSet.open(labels)
+    source = None if images is None else open_source(images, classes=classes, root=root)
+    found = describe(opened, source=source, num_images=num_images, seed=seed)
+    if as_json:
+        lists = ("class_names", "quarantined", "shards")
+        index = {name: value for name, value in opened.index.items() if name not in lists}
+        content = {"index": index, "maps": found.to_json()}
+        click.echo(json.dumps(content, indent=2, ensure_ascii=False))
+        return
+    for name, value in in_words(opened, found).items():
+        click.echo(f"{name:<12}{value}")
+    if found.folders is None:
+        if source is not None:
+            click.echo(
+                f"The folders are not compared: they are {source.num_classes} classes, the "
+                f"teacher has {opened.num_classes}."
+            )
+        return
+    folders = found.folders
+    click.echo(
+        f"{'disagree':<12}{folders.num_disagreeing} of {_counted(folders.num_images, 'image')} "
+        f"({folders.num_disagreeing / folders.num_images:.1%}): the teacher's first class is not "
+        "the folder's"
+    )
+    for entry in folders.worst:
+        click.echo(
+            f"  {entry.key}: {entry.folder_class} {entry.folder_probability:.1%}, "
+            f"teacher {entry.teacher_class} {entry.teacher_probability:.1%}"
+        )
 
 
 # ------------------------------------------------- tl-shard: images + label maps → dataset shards
