@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from tokenlabel.labeler.teacher import Teacher
+from tokenlabel.labeler.teacher import Teacher, as_teacher
 
 NUM_CLASSES = 12
 STRIDE = 8
@@ -16,6 +16,13 @@ COLOURS = torch.tensor([colorsys.hsv_to_rgb(i / NUM_CLASSES, 1, 1) for i in rang
 
 
 class NearestColour(nn.Module):
+    """What timm's classifiers have, and no more."""
+
+    num_classes = NUM_CLASSES
+    num_features = 3
+    feature_info = ({"reduction": STRIDE},)
+    pretrained_cfg = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0), "interpolation": "bicubic"}
+
     def forward_features(self, images: Tensor) -> Tensor:
         return F.avg_pool2d(images, STRIDE)
 
@@ -24,21 +31,8 @@ class NearestColour(nn.Module):
 
 
 def colour_teacher(image_size: int = 64) -> Teacher:
-    return Teacher(
-        name="nearest colour",
-        model=NearestColour(),
-        layout="nchw",
-        device=torch.device("cpu"),
-        precision="fp32",
-        image_size=image_size,
-        stride=STRIDE,
-        square_only=False,
-        num_classes=NUM_CLASSES,
-        mean=(0.0, 0.0, 0.0),
-        std=(1.0, 1.0, 1.0),
-        interpolation="bicubic",
-        weights_sha256="c010",
-        class_names=[f"colour {i}" for i in range(NUM_CLASSES)],
+    return as_teacher(
+        NearestColour(), name="nearest colour", image_size=image_size, device=torch.device("cpu")
     )
 
 

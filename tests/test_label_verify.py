@@ -334,7 +334,7 @@ def test_keys_that_occur_twice_and_maps_that_cannot_be_read_are_listed(source, w
     found = check_keys(folder, source)
     assert found.duplicates == [keys[3]]
     assert found.undecodable == {
-        "zz/odd": "0 bytes are too few for a header of 24",
+        "zz/odd": "0 bytes are too few for a header of 20",
         "zz/bad": "the checksum does not fit: the bytes are damaged or cut short",
     }
     assert not found.damaged
