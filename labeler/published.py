@@ -13,6 +13,7 @@ import io
 import os
 import pickle
 import shutil
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, UInt32
+from jaxtyping import Bool, Float, Float32, Int64, UInt32
 from PIL import Image
 from timm.data.imagenet_info import ImageNetInfo
 from tqdm import tqdm
@@ -191,7 +192,8 @@ def read_planes(data: bytes) -> Planes:
         BadLabelFile: Whatever is wrong with it.
     """
     try:
-        tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # about files that are then refused
+            tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise BadLabelFile(
             "damaged, or it holds more than a tensor, which could run code and is not loaded"
@@ -662,8 +664,8 @@ def above_fill(label_map: LabelMap, fill: Fill) -> Float32[np.ndarray, "k rows c
         raise ValueError("the label map keeps no log_normalizer, so its residual is not known")
     logs = scores - label_map.log_normalizer
     first = is_first(label_map.classes)
-    mass, num_outside = (np.exp(logs) * first).sum(0), label_map.num_classes - first.sum(0)
-    return logs - _residual_logit(mass, num_outside)
+    num_outside = label_map.num_classes - first.sum(0)
+    return logs - _residual_logit((np.exp(logs) * first).sum(0), num_outside)
 
 
 def is_first(classes: UInt32[np.ndarray, "k rows cols"]) -> Bool[np.ndarray, "k rows cols"]:
@@ -692,7 +694,7 @@ def _resample(label_map: LabelMap, grid: tuple[int, int], top_k: int, fill: Fill
         total = np.logaddexp(logits.logsumexp(0).numpy(), np.log(max(num_outside, _TINY)))
         logs = scores - total
         num_left = np.array(label_map.num_classes - len(scores))
-        scores = logs - _residual_logit(np.exp(logs).sum(0), num_left)
+        scores = logs.astype(np.float32) - _residual_logit(np.exp(logs).sum(0), num_left)
     return scores[ranks], classes[ranks]
 
 
@@ -709,6 +711,9 @@ def _weights(num_cells: int, num_source_cells: int) -> Float32[np.ndarray, "n m"
     return weights.astype(np.float32)
 
 
-def _residual_logit(mass: np.ndarray, num_others: np.ndarray) -> np.ndarray:
+def _residual_logit(
+    mass: Float[np.ndarray, "rows cols"], num_others: Int64[np.ndarray, "*#cells"]
+) -> Float32[np.ndarray, "rows cols"]:
     """Return the logarithm of what each class outside the top k gets of the mass left over."""
-    return np.log(np.maximum(1 - mass, _SMALLEST_RESIDUAL) / np.maximum(num_others, 1))
+    residual = np.maximum(1 - mass, _SMALLEST_RESIDUAL) / np.maximum(num_others, 1)
+    return np.log(residual).astype(np.float32)
