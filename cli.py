@@ -325,7 +325,12 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
     type=click.IntRange(min=1),
     help="Classes of the set.  [default: those of --teacher, else 1000]",
 )
-@click.option("--made-by", default="unknown", help="Name of the set's own teacher, for the index.")
+@click.option(
+    "--made-by",
+    metavar="NAME",
+    default="unknown",
+    help="The set's own teacher, for the index and as --teacher of tl-label verify.",
+)
 @_device_option
 @_precision_option
 def label_import(
@@ -738,8 +743,8 @@ def label_info(
     if found.folders is None:
         if source is not None:
             click.echo(
-                f"The folders are not compared: they are {source.num_classes} classes, the "
-                f"teacher has {opened.num_classes}."
+                "The folders are not compared, they are other classes: "
+                f"{source.num_classes} there, {opened.num_classes} of the teacher."
             )
         return
     folders = found.folders

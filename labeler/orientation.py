@@ -138,7 +138,7 @@ def find_geometry(
                 stored = source.read(sample)
                 _, orientation = size_and_orientation(stored)
                 image = load_image(stored)
-            except (BadLabelFile, BadImage) as error:
+            except (BadLabelFile, BadImage, FileNotFoundError, PermissionError) as error:
                 problem = f"{sample.key}: {error}"
                 continue
             hits.append(_hits(readings, planes.classes[0], orientation, image, teacher))

@@ -5,7 +5,7 @@
 `token-labeling` (https://arxiv.org/abs/2104.10858) keeps both as float16 on 18×18 cells, `relabel`
 (https://arxiv.org/abs/2101.05022) as float32 on 15×15. Neither says which axis comes first, nor
 which part of the image the grid covers, nor what the classes outside the top k had. The first two
-can be found out by looking at some of the images with a classifier (`find_geometry`); the third is
+can be found out by looking at some of the images with a classifier (orientation.py); the third is
 lost. docs/published-sets.md tells the whole story.
 """
 
@@ -54,11 +54,15 @@ FITS = ("native", "stretch", "center")
 """What a grid may cover: the whole image (native or stretch), or the square in its middle."""
 DEFAULT_NUM_CLASSES = 1000
 """Both published sets speak of ImageNet-1k."""
+UNKNOWN_TEACHER = "unknown"
+"""What the index of an imported set says where nobody told its teacher."""
 
 _EXACT_IN_FLOAT16 = 2048
 """From here on float16 skips whole numbers: 2049 is stored as 2048."""
 _NUM_TRIED = 100
 """Files that are opened to find a usable one."""
+_SYSTEMIC = 32
+"""So many files in a row of which none is usable point at the cause, not at them."""
 _SMALLEST_GRID = 6
 """The published trainers write the class into column 5 of the map."""
 _ORIENTATION_TAG = 0x0112
@@ -92,16 +96,6 @@ KINDS = {
     "token-labeling": Kind(dtype=torch.float16, grid=(18, 18), image_size=576),
     "relabel": Kind(dtype=torch.float32, grid=(15, 15), image_size=475),
 }
-
-
-def check_kind(kind: str) -> None:
-    """Check that a kind exists.
-
-    Raises:
-        ValueError: If not.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
 
 
 class BadLabelFile(ValueError):
@@ -279,7 +273,7 @@ def import_set(
     source: ImageSource | None = None,
     num_classes: int = DEFAULT_NUM_CLASSES,
     class_names: Sequence[str],
-    teacher_name: str = "unknown",
+    teacher_name: str = UNKNOWN_TEACHER,
     shard_size: int = 10_000,
     show_progress: bool = True,
 ) -> ImportSummary:
@@ -304,7 +298,7 @@ def import_set(
             usable, or another set is in the way.
         OSError: If the output cannot be written.
     """
-    check_kind(kind)
+    check_choice("kind", kind, tuple(KINDS))
     check_choice("orientation", axes, AXES)
     check_choice("fit", fit, FITS)
     if source is None and fit == "center":
@@ -345,8 +339,10 @@ def import_set(
                     maps.append((entry.key, encode(convert(entry))))
                 except (BadLabelFile, BadImage, LabelMapError) as error:
                     quarantined[entry.key] = str(error)
+                except (FileNotFoundError, PermissionError) as error:
+                    quarantined[entry.key] = f"the image cannot be read: {error.strerror}"
                 progress.update()
-            if not maps:
+            if not maps and len(part) >= _SYSTEMIC:
                 raise ValueError(
                     f"none of the {len(part)} files from {part[0].name} on is usable, the first "
                     f"because: {quarantined[part[0].key]}"
@@ -360,6 +356,9 @@ def import_set(
                 num_correct=None,
             )
             records.append(record)
+    if not any(record.samples for record in records):
+        key, why = next(iter(records[0].quarantined.items()))
+        raise ValueError(f"none of the {len(entries)} files is usable, {key} because: {why}")
     # The evidence's last digits may differ from run to run; resuming does not compare them.
     index = settings | {"evidence": evidence}
     write_index(out, records, settings=index, class_names=class_names)
@@ -565,7 +564,7 @@ def export_set(
             that the trainers do not read, two images that they look for in one file.
         OSError: If `out` is in the way or cannot be written.
     """
-    check_kind(kind)
+    check_choice("kind", kind, tuple(KINDS))
     grid = grid or KINDS[kind].grid
     _check_export(labels, kind, grid, top_k)
     names = _export_names(labels.keys)

@@ -29,6 +29,7 @@ from .geometry import Fill, PaletteMaps, crop_view, sample_targets
 from .images import BadImage, load_image
 from .label_map import LabelMap, LabelMapError, decode
 from .label_set import LabelSet, json_name, read_index, read_slice, tar_name
+from .published import UNKNOWN_TEACHER
 from .sources import ImageSource
 from .teacher import Teacher
 
@@ -36,9 +37,6 @@ CROP_TO_IMAGE = 0.78
 """Side of the crops that the teacher is shown, over the side of the images it labelled.
 
 448 px for maps made at 576: a crop is part of the image, and students, too, see crops smaller."""
-
-UNKNOWN_TEACHER = "unknown"
-"""Name of the teacher of imported sets that do not say."""
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)

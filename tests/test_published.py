@@ -238,6 +238,22 @@ def test_a_set_of_nothing_but_bad_files_is_refused(tmp_path):
         import_plain(tmp_path / "set", tmp_path / "out")
 
 
+def test_a_last_slice_of_bad_files_is_no_reason_to_stop(tmp_path):
+    files = {f"a/{i}.pt": saved(planes(i)) for i in range(4)} | {"b/4.pt": b"?"}
+    write_files(tmp_path / "set", files)
+    labels = import_plain(tmp_path / "set", tmp_path / "out", shard_size=4)
+    assert len(labels) == 4
+    assert list(labels.quarantined) == ["b/4"]
+
+
+def test_files_that_can_be_read_but_never_used_are_refused(tmp_path):
+    files = {f"a/{i:02}.pt": saved(planes(i)) for i in range(40)}
+    write_files(tmp_path / "set", files)
+    for shard_size, reason in ((100, "40 files from a/00 on"), (10, "40 files is usable, a/00")):
+        with pytest.raises(ValueError, match=f"none of the {reason}.* not below num_classes 5"):
+            import_plain(tmp_path / "set", tmp_path / f"{shard_size}", 5, shard_size=shard_size)
+
+
 def test_a_broken_off_import_goes_on_and_gives_the_same_bytes(tmp_path):
     files = {f"a/{i:02}.pt": saved(planes(i)) for i in range(10)}
     write_files(tmp_path / "set", files)
