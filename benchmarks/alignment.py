@@ -1,6 +1,7 @@
 """Claim: our token targets say what the teacher says of the crop; the published geometry does not.
 
-    python benchmarks/alignment.py          needs the extra [demo]; about five minutes
+    python benchmarks/alignment.py          needs the extra [demo]; 20 minutes
+    python benchmarks/alignment.py --quick  a smoke test on two photos
 
 Random-resized crops of 20 real photos, each as it is (square) and cut to 4:3 and 3:4. The truth of
 a crop is what the teacher itself says of it at 448 px, 14×14 cells. Against it stand the token
@@ -11,12 +12,15 @@ targets that were sampled from the label map of the whole photo:
     view    share of crops whose class target has the teacher's best class (of its mean)
     KL      KL(teacher on the crop ‖ target), nats, mean over tokens
     ±       half of the 95 % interval of token, by bootstrap over photos
+    time    of the teacher, in units of one pass at 576 px
+    bytes   of the .tlm, mean over photos
 """
 
 import argparse
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,13 +33,38 @@ from torchvision.transforms import RandomResizedCrop
 from tqdm import tqdm
 
 from tokenlabel.labeler.geometry import Fill, PaletteMaps, TokenTargets, crop_view, sample_targets
-from tokenlabel.labeler.label_map import LabelMap
+from tokenlabel.labeler.label_map import LabelMap, encode
 from tokenlabel.labeler.teacher import Teacher
 
 CROP_PX = 448
 NUM_CROPS = 8
 SMALL = 0.35
+FIGURE = Path(__file__).parent.parent / "docs/images/label-quality.png"
 Levels = list[LabelMap]
+Sampler = Callable[[Levels, Tensor, tuple[int, int]], TokenTargets]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to make label maps and to read them."""
+
+    name: str
+    fit: str
+    sizes: tuple[int, ...]
+    top_k: int
+    sampler: Sampler
+    in_figure: bool = False
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What came out for one choice, one value per crop; photos run slowest."""
+
+    area: Tensor
+    """Of the crop, as a share of the photo's."""
+    token: Tensor
+    view: Tensor
+    divergence: Tensor
 
 
 def cut(photo: Image.Image, aspect: float) -> Image.Image:
@@ -70,7 +99,7 @@ def truth(teacher: Teacher, photo: Image.Image, boxes: Tensor) -> Tensor:
     return teacher.dense(torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2))
 
 
-def ours(fill: Fill) -> Callable[[Levels, Tensor, tuple[int, int]], TokenTargets]:
+def ours(fill: Fill) -> Sampler:
     """Sample through views and windows."""
 
     def targets(levels: Levels, boxes: Tensor, grid: tuple[int, int]) -> TokenTargets:
@@ -80,7 +109,7 @@ def ours(fill: Fill) -> Callable[[Levels, Tensor, tuple[int, int]], TokenTargets
     return targets
 
 
-def published(*, mend_axes: bool) -> Callable[[Levels, Tensor, tuple[int, int]], TokenTargets]:
+def published(*, mend_axes: bool) -> Sampler:
     """Read a centre crop's map as if it were the whole image's, with y and x exchanged or not."""
 
     def targets(levels: Levels, boxes: Tensor, grid: tuple[int, int]) -> TokenTargets:
@@ -90,36 +119,93 @@ def published(*, mend_axes: bool) -> Callable[[Levels, Tensor, tuple[int, int]],
     return targets
 
 
-def measure(
-    name: str, cost: float, targets: list[TokenTargets], truths: list[Tensor], boxes: list[Tensor]
-) -> dict[str, Any]:
-    """One line of the table; lists run over photos."""
-    token, small, view, divergence = [], [], [], []
-    for target, logits, box in zip(targets, truths, boxes):
-        p = logits.flatten(2).transpose(1, 2).double().softmax(2)
-        q = target.dense_tokens().double()
-        right = (p.argmax(2) == q.argmax(2)).double().mean(1)
-        area = (box[:, 2:] - box[:, :2]).prod(1)
-        token.append(right)
-        small.append(right[area < SMALL])
-        view.append(logits.mean((2, 3)).argmax(1) == target.dense_view().argmax(1))
-        divergence.append((p * (p.clamp(min=1e-30) / q.clamp(min=1e-30)).log()).sum(2).mean(1))
-    per_photo = torch.stack([t.mean() for t in token])
-    draws = torch.from_numpy(np.random.default_rng(0).integers(len(token), size=(2000, len(token))))
-    low, high = per_photo[draws].mean(1).quantile(torch.tensor([0.025, 0.975]).double())
+def choices() -> list[Choice]:
+    """List the lines of the table."""
+    residual = ours("residual")
+    pyramids = [(576, 896), (448, 896), (448, 704, 1152), (448, 640, 896), (448, 640, 896, 1280)]
+    shown = [(448, 896), (448, 640, 896, 1280)]
+    return [
+        Choice("published geometry", "center", (576,), 5, published(mend_axes=False), True),
+        Choice("… axes mended", "center", (576,), 5, published(mend_axes=True)),
+        Choice("fit center, zero fill", "center", (576,), 5, ours("zero")),
+        Choice("fit stretch, zero fill", "stretch", (576,), 5, ours("zero")),
+        Choice("fit native, zero fill", "native", (576,), 5, ours("zero")),
+        Choice("fit native (the default)", "native", (576,), 5, residual, True),
+        Choice("native, top 10", "native", (576,), 10, residual),
+        Choice("native at 448", "native", (448,), 5, residual),
+        Choice("native at 768", "native", (768,), 5, residual),
+        *(
+            Choice(f"levels {','.join(map(str, sizes))}", "native", sizes, 5, residual, in_figure)
+            for sizes in pyramids
+            for in_figure in [sizes in shown]
+        ),
+        Choice("levels 448,896, top 10", "native", (448, 896), 10, residual),
+        Choice("levels 448,640,896,1280, top 10", "native", (448, 640, 896, 1280), 10, residual),
+    ]
+
+
+def score(target: TokenTargets, logits: Tensor, boxes: Tensor) -> Scores:
+    """Compare the targets of one photo's crops with the truth."""
+    p = logits.flatten(2).transpose(1, 2).softmax(2)
+    q = target.dense_tokens()
+    return Scores(
+        area=(boxes[:, 2:] - boxes[:, :2]).prod(1),
+        token=(p.argmax(2) == q.argmax(2)).float().mean(1),
+        view=(logits.mean((2, 3)).argmax(1) == target.dense_view().argmax(1)).float(),
+        divergence=(p * (p.clamp(min=1e-30).log() - q.clamp(min=1e-30).log())).sum(2).mean(1),
+    )
+
+
+def joined(parts: Sequence[Scores]) -> Scores:
+    """Put the scores of several photos one after the other."""
+    names = ("area", "token", "view", "divergence")
+    return Scores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def row(choice: Choice, scores: Scores, num_bytes: float) -> dict[str, Any]:
+    """One line of the table."""
+    per_photo = scores.token.view(-1, NUM_CROPS).mean(1).numpy()
+    draws = np.random.default_rng(0).integers(len(per_photo), size=(2000, len(per_photo)))
+    low, high = np.quantile(per_photo[draws].mean(1), [0.025, 0.975])
     return {
-        "label map": name,
-        "teacher time": cost,
-        "token": torch.cat(token).mean().item(),
-        "±": ((high - low) / 2).item(),
-        "small": torch.cat(small).mean().item(),
-        "view": torch.cat(view).double().mean().item(),
-        "KL": torch.cat(divergence).mean().item(),
+        "label map": choice.name,
+        "token": scores.token.mean().item(),
+        "±": float(high - low) / 2,
+        "small": scores.token[scores.area < SMALL].mean().item(),
+        "view": scores.view.mean().item(),
+        "KL": scores.divergence.mean().item(),
+        "time": sum(size**2 for size in choice.sizes) / 576**2,
+        "bytes": num_bytes,
     }
 
 
+def draw(scores: dict[str, Scores], out: Path) -> None:
+    """Draw token agreement over the area of the crop."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    edges = torch.tensor([0.08, 0.15, 0.25, 0.35, 0.5, 0.7, 1.01])
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for name, values in scores.items():
+        band = torch.bucketize(values.area, edges)
+        present = [i for i in range(1, len(edges)) if (band == i).any()]
+        areas = [values.area[band == i].mean().item() for i in present]
+        agreement = [values.token[band == i].mean().item() for i in present]
+        axis.plot(areas, agreement, marker="o", label=name)
+    axis.set(
+        xlabel="area of the crop, share of the photo",
+        ylabel="tokens with the teacher's class",
+        ylim=(0, None),
+    )
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(out, dpi=110)
+
+
 def main() -> None:
-    """Measure and print."""
+    """Measure, print and draw."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="two photos: a smoke test")
     quick = parser.parse_args().quick
@@ -127,45 +213,43 @@ def main() -> None:
     photos = demo_photos()[: 2 if quick else None]
     photos = [cut(photo, aspect) for aspect in (1.0, 4 / 3, 3 / 4) for photo in photos]
     boxes = [random_boxes(photo) for photo in photos]
-    sizes = (448, 576, 640, 768, 896, 1280)
-    teachers = {size: demo_teacher(size) for size in sizes}
+    sizes = {CROP_PX, *(size for choice in choices() for size in choice.sizes)}
+    teachers = {size: demo_teacher(size) for size in sorted(sizes)}
     truths = [
-        truth(teachers[448], photo, box)
+        truth(teachers[CROP_PX], photo, box)
         for photo, box in zip(tqdm(photos, "crops", disable=None), boxes)
     ]
     grid = (truths[0].shape[2], truths[0].shape[3])
-    made: dict[tuple, list[LabelMap]] = {}
+    most = max(choice.top_k for choice in choices())
+    made: dict[tuple[str, int], Levels] = {}
 
-    def maps(fit: str, size: int, top_k: int) -> list[LabelMap]:
-        key = (fit, size, top_k)
-        if key not in made:
+    def maps(fit: str, size: int, top_k: int) -> Levels:
+        if (fit, size) not in made:
             shown = tqdm(photos, f"{fit} {size}", disable=None)
-            made[key] = [label(teachers[size], p, fit=fit, top_k=top_k) for p in shown]
-        return made[key]
+            made[fit, size] = [label(teachers[size], p, fit=fit, top_k=most) for p in shown]
+        return [
+            replace(level, scores=level.scores[:top_k], classes=level.classes[:top_k])
+            for level in made[fit, size]
+        ]
 
-    rows = []
-    for name, fit, levels, top_k, sampler in [
-        ("published: centre crop, axes exchanged", "center", [576], 5, published(mend_axes=False)),
-        ("axes mended", "center", [576], 5, published(mend_axes=True)),
-        ("axes and window right: fit center", "center", [576], 5, ours("zero")),
-        ("fit stretch", "stretch", [576], 5, ours("zero")),
-        ("fit native, zero fill", "native", [576], 5, ours("zero")),
-        ("fit native (the default)", "native", [576], 5, ours("residual")),
-        ("native, top 10", "native", [576], 10, ours("residual")),
-        ("native at 448", "native", [448], 5, ours("residual")),
-        ("native at 768", "native", [768], 5, ours("residual")),
-        ("pyramid 576,896", "native", [576, 896], 5, ours("residual")),
-        ("pyramid 448,640,896", "native", [448, 640, 896], 5, ours("residual")),
-        ("pyramid 448,640,896,1280", "native", [448, 640, 896, 1280], 5, ours("residual")),
-        ("pyramid 448,640,896,1280, top 10", "native", [448, 640, 896, 1280], 10, ours("residual")),
-    ]:
-        pyramids = [list(levels_of) for levels_of in zip(*(maps(fit, s, top_k) for s in levels))]
-        targets = [sampler(pyramid, box, grid) for pyramid, box in zip(pyramids, boxes)]
-        cost = sum(size**2 for size in levels) / 576**2
-        rows.append(measure(name, cost, targets, truths, boxes))
+    rows, in_figure = [], {}
+    for choice in choices():
+        levels = [maps(choice.fit, size, choice.top_k) for size in choice.sizes]
+        pyramids = [list(of_photo) for of_photo in zip(*levels)]
+        scores = joined(
+            [
+                score(choice.sampler(pyramid, box, grid), logits, box)
+                for pyramid, logits, box in zip(pyramids, truths, boxes)
+            ]
+        )
+        num_bytes = float(np.mean([len(encode(pyramid)) for pyramid in pyramids]))
+        rows.append(row(choice, scores, num_bytes))
         assert math.isfinite(rows[-1]["KL"])
+        if choice.in_figure:
+            in_figure[choice.name] = scores
     print(markdown(rows))
     if not quick:
+        draw(in_figure, FIGURE)
         print(f"written to {write('alignment', rows, photos=len(photos), crops=NUM_CROPS)}")
 
 

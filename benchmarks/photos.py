@@ -1,11 +1,13 @@
 """The real teacher and the real photos that several benchmarks use; both come in packages."""
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 
 from tokenlabel.labeler.fit import place, resize
 from tokenlabel.labeler.label_map import LabelMap
@@ -34,13 +36,17 @@ def label(teacher: Teacher, photo: Image.Image, *, fit: str, top_k: int = 5) -> 
     placement = place(photo.size, fit=fit, teacher_size=teacher.image_size, stride=teacher.stride)
     pixels = resize(photo, placement, interpolation=teacher.interpolation)
     logits = teacher.dense(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    return replace(keep_best(logits, top_k), window=placement.window)
+
+
+def keep_best(logits: Tensor, top_k: int) -> LabelMap:
+    """Reduce the logits (classes, rows, cols) of a whole image to a label map."""
     scores, classes = logits.topk(top_k, 0)
     return LabelMap(
         scores=scores.half().numpy(),
         classes=classes.numpy().astype(np.uint32),
-        num_classes=teacher.num_classes,
+        num_classes=len(logits),
         log_normalizer=logits.logsumexp(0).half().numpy(),
-        window=placement.window,
     )
 
 

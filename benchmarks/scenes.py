@@ -42,18 +42,18 @@ class Digits:
 class SceneConfig:
     """What scenes look like. A digit's size is the longer side of its ink."""
 
-    side_px: int = 96
-    num_digits: tuple[int, int] = (3, 5)
+    side_px: int = 64
+    num_digits: tuple[int, int] = (2, 4)
     """Fewest and most digits in a scene; some may find no room."""
-    largest_px: tuple[float, float] = (40, 56)
+    largest_px: tuple[float, float] = (28, 40)
     """Range of the largest digit's size."""
-    smallest_px: float = 14
+    smallest_px: float = 12
     """Least size of the others."""
     next_largest: float = 0.55
     """Greatest size of the others, as a fraction of the largest digit's."""
-    num_scraps: int = 8
+    num_scraps: int = 4
     """Scraps of ink strewn over the background."""
-    scrap_px: tuple[float, float] = (6, 13)
+    scrap_px: tuple[float, float] = (4, 9)
     """Range of their sizes."""
 
 
