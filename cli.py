@@ -41,7 +41,10 @@ class _Command(click.Command):
             level=logging.DEBUG if debug else logging.INFO,
             format="%(levelname).1s %(name)s: %(message)s" if debug else "%(message)s",
         )
-        for noisy in ("PIL", "matplotlib", "urllib3", "fsspec", "huggingface_hub", "httpx"):
+        for noisy in (
+            *("PIL", "matplotlib", "urllib3", "fsspec", "huggingface_hub", "httpx"),
+            *("aiobotocore", "botocore"),
+        ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             return super().invoke(ctx)
@@ -55,7 +58,23 @@ class _Group(click.Group):
     command_class = _Command
 
 
-_FOLDER = click.Path(file_okay=False, path_type=Path)
+class _Folder(click.Path):
+    """A folder on this machine, or also a URL of one, which stays a str."""
+
+    def __init__(self, *, or_url: bool = False) -> None:
+        super().__init__(file_okay=False, path_type=Path)
+        self._or_url = or_url
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if "://" not in str(value):
+            return super().convert(value, param, ctx)
+        if not self._or_url:
+            self.fail(f"{value} is a URL; give a folder on this machine", param, ctx)
+        return value
+
+
+_FOLDER = _Folder()
+_FOLDER_OR_URL = _Folder(or_url=True)
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
 
@@ -66,6 +85,26 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.version_option(package_name="tokenlabel")
 def label() -> None:
     """Make, check and look at dense label maps."""
+
+
+def _class_options(command: Any) -> Any:
+    """Options that choose the classes that maps speak of: --keep-classes, --class-map."""
+    keep = click.option(
+        "--keep-classes",
+        metavar="FILE|folders|all",
+        help="Only these of the teacher's classes: a line each, by wnid, name or index, in the "
+        "order that the maps' classes shall have; FIRST..LAST is several, # begins a comment. "
+        "folders: those that the image folders are called after. all: all of them, though the "
+        "images have other classes.",
+    )
+    add_up = click.option(
+        "--class-map",
+        type=_FILE,
+        help="Add the teacher's classes up to yours: a line TEACHER CLASS,FOLDER for each, .csv "
+        "or with tabs; FIRST..LAST for several, * for all that no line names; those in no line "
+        "are dropped. tl-label classes lists the teacher's.",
+    )
+    return keep(add_up(command))
 
 
 @label.command("generate")
@@ -82,7 +121,13 @@ def label() -> None:
     metavar="FOLDER|ARCHIVE",
     help="Folder or archive that the paths of a list start from.  [default: the list's own folder]",
 )
-@click.option("--out", type=_FOLDER, required=True, help="Folder of the label set.")
+@click.option(
+    "--out",
+    type=_FOLDER_OR_URL,
+    metavar="FOLDER|URL",
+    required=True,
+    help="Folder of the label set, or URL of one: s3:// needs the package s3fs, gs:// gcsfs.",
+)
 @click.option(
     "--teacher", default="dm_nfnet_f6", show_default=True, help="Any timm classifier, by name."
 )
@@ -106,11 +151,39 @@ def label() -> None:
     help="How an image meets the teacher: whole in its own shape, whole made square, or only the "
     "square in its middle.",
 )
-@click.option("--top-k", default=5, show_default=True, help="Classes kept per cell.")
+@click.option(
+    "--levels",
+    metavar="PX,PX,…",
+    help="In place of --image-size, several of them, rising, e.g. 448,640,896: a map is made at "
+    "each, and a small crop reads the one that saw it large. Time and bytes add up.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    help="Classes kept per cell.  [default: 5, or all of fewer]",
+)
+@click.option(
+    "--mass",
+    type=float,
+    help="Keep fewer than top-k classes where fewer have this probability together, e.g. 0.99.",
+)
+@click.option(
+    "--score-bits",
+    type=click.Choice(["16", "8"]),
+    default="16",
+    show_default=True,
+    help="Of a stored score. 8 rounds to 255 steps; the maps are smaller.",
+)
+@click.option(
+    "--dictionary",
+    type=_FILE,
+    help="Compress with what tl-label dictionary trained, where that is smaller; it is stored in "
+    "the label set. Pays for small maps.",
+)
 @click.option(
     "--batch-size",
     type=click.IntRange(min=1),
-    help="Images per forward pass.  [default: 64 on a GPU, 4 on a CPU]",
+    help="Images per forward pass, fewer on larger --levels.  [default: 64 on a GPU, 4 on a CPU]",
 )
 @click.option(
     "--device",
@@ -146,6 +219,7 @@ def label() -> None:
     help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class index.  "
     "[default: IMAGES/classes.txt if there, else the sorted folder names]",
 )
+@_class_options
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -154,12 +228,16 @@ def label() -> None:
 def label_generate(
     images: str,
     root: str | None,
-    out: Path,
+    out: Path | str,
     teacher: str,
     checkpoint: Path | None,
     image_size: int | None,
     fit: str,
-    top_k: int,
+    levels: str | None,
+    top_k: int | None,
+    mass: float | None,
+    score_bits: str,
+    dictionary: Path | None,
     batch_size: int | None,
     device: str,
     precision: str,
@@ -167,37 +245,55 @@ def label_generate(
     shard_size: int,
     part: str | None,
     classes: Path | None,
+    keep_classes: str | None,
+    class_map: Path | None,
     overwrite: bool,
 ) -> None:
     """Score every cell of every image with a teacher and keep the best classes.
 
-    A run that was broken off goes on where it stopped: give the same command again.
+    A run that was broken off goes on where it stopped: give the same command again. SIGTERM, or
+    Ctrl-C once, stops it in good order: no image that is done is done again.
 
     \b
     Examples:
       tl-label generate --images photos --out labels
       tl-label generate --images photos --out labels --teacher convnext_tiny --image-size 448
+      tl-label generate --images photos --out labels --levels 448,640,896
       torchrun --nproc-per-node 8 --no-python tl-label generate --images photos --out labels
     """
-    from .labeler.generate import check_output, generate, local_device, share_of_work
+    from .labeler.classes import choose_classes
+    from .labeler.dictionary import read_dictionary
+    from .labeler.generate import generate, local_device, parse_levels, share_of_work
+    from .labeler.label_set import check_output
     from .labeler.sources import open_source
     from .labeler.teacher import load_teacher
 
     rank, world_size = share_of_work(part)
+    sizes = parse_levels(levels) if levels is not None else []
+    if sizes and image_size is not None:
+        raise ValueError("--image-size and --levels: give one; the first level is the image size")
+    trained = read_dictionary(dictionary) if dictionary is not None else None
     source = open_source(images, classes=classes, root=root)
     check_output(out)
+    model = load_teacher(
+        teacher,
+        checkpoint=checkpoint,
+        image_size=sizes[0] if sizes else image_size,
+        device=local_device(device),
+        precision=precision,
+    )
+    space = choose_classes(model.classes, source, keep_classes=keep_classes, class_map=class_map)
+    model = model.in_space(space)
     summary = generate(
         source,
         out,
-        teacher=load_teacher(
-            teacher,
-            checkpoint=checkpoint,
-            image_size=image_size,
-            device=local_device(device),
-            precision=precision,
-        ),
+        teacher=model,
         fit=fit,
-        top_k=top_k,
+        levels=sizes,
+        top_k=top_k or min(5, model.num_classes),
+        mass=mass,
+        score_bits=int(score_bits),
+        dictionary=trained,
         batch_size=batch_size,
         num_workers=workers,
         shard_size=shard_size,
@@ -205,7 +301,8 @@ def label_generate(
         world_size=world_size,
         overwrite=overwrite,
     )
-    share = f"part {rank + 1} of {world_size}: " if summary.num_unfinished else ""
+    is_share = summary.num_unfinished and world_size > 1
+    share = f"part {rank + 1} of {world_size}: " if is_share else ""
     done = share + _counted(summary.num_labelled, "image")
     rate = f", {summary.num_new / summary.secs:.1f} images/s" if summary.num_new else ""
     click.echo(
@@ -220,17 +317,59 @@ def label_generate(
     if summary.quarantined:
         click.echo(
             f"  left out: {len(summary.quarantined)} of {summary.num_listed}, "
-            f"all listed in {out / 'index.json'}"
+            f"all listed in {out}/index.json"
         )
     for key, reason in list(summary.quarantined.items())[:10]:
         click.echo(f"    {key}: {reason}")
-    if summary.num_unfinished:
+    unfinished = f"{summary.num_unfinished} of {_counted(summary.num_slices, 'slice')}"
+    if summary.was_stopped:
         click.echo(
-            f"  not finished: {summary.num_unfinished} of {_counted(summary.num_slices, 'slice')}; "
+            f"  stopped: {unfinished} unfinished, {_counted(summary.num_kept, 'image')} of "
+            f"{'it' if summary.num_unfinished == 1 else 'them'} kept; run the same command again "
+            "to go on"
+        )
+    elif summary.num_unfinished:
+        click.echo(
+            f"  not finished: {unfinished}; "
             "other processes have them, or their parts must still be run"
         )
     else:
         click.echo(f"  label set: {out}")
+
+
+@label.command("dictionary")
+@click.argument("labels", type=_FOLDER_OR_URL)
+@click.option("--out", type=_FILE, required=True, help="File to write.")
+@click.option(
+    "--size",
+    type=int,
+    default=16_384,
+    show_default=True,
+    help="Bytes at most; above 65536 no label set takes it.",
+)
+def label_dictionary(labels: Path | str, out: Path, size: int) -> None:
+    """Train a dictionary on a label set, with which small maps like these become smaller.
+
+    Label some thousand images first, train, then label all of them with --dictionary. Compare the
+    bytes an image: maps of many cells gain little.
+
+    \b
+    Example:
+      tl-label dictionary some-labels --out labels.dict
+      tl-label generate --images photos --out labels --dictionary labels.dict
+    """
+    from .labeler.dictionary import train_on_set
+    from .labeler.label_set import LabelSet
+
+    label_set = LabelSet.open(labels)
+    trained = train_on_set(
+        label_set.keys,
+        label_set.read_each,
+        size_bytes=size,
+        dictionary=label_set.dictionary,
+    )
+    out.write_bytes(trained)
+    click.echo(f"{out}: {len(trained):,} bytes, trained on {_counted(len(label_set), 'label map')}")
 
 
 def _source_options(*, required: bool, why: str = "") -> Any:
@@ -286,10 +425,164 @@ _kind_option = click.option(
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
+@label.command("plan")
+@_source_options(required=True)
+@click.option(
+    "--teacher", default="dm_nfnet_f6", show_default=True, help="Any timm classifier, by name."
+)
+@click.option("--checkpoint", type=_FILE, help="Its weights.  [default: timm's, downloaded once]")
+@click.option(
+    "--image-size",
+    type=click.IntRange(min=1),
+    help="Side of the teacher's square image, px.  [default: the model's own]",
+)
+@click.option(
+    "--levels",
+    metavar="PX,PX,…",
+    help="In place of --image-size, several of them, rising, e.g. 448,640,896.",
+)
+@click.option(
+    "--fit",
+    type=click.Choice(["native", "stretch", "center"]),
+    default="native",
+    show_default=True,
+    help="How an image meets the teacher.",
+)
+@click.option(
+    "--top-k",
+    type=click.IntRange(min=1),
+    help="Classes kept per cell.  [default: 5, or all of fewer]",
+)
+@click.option("--mass", type=float, help="Keep fewer classes, see tl-label generate.")
+@click.option(
+    "--score-bits",
+    type=click.Choice(["16", "8"]),
+    default="16",
+    show_default=True,
+    help="Of a stored score.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Images per forward pass, fewer on larger --levels.  [default: 64 on a GPU, 4 on a CPU]",
+)
+@_device_option
+@_precision_option
+@click.option(
+    "--workers",
+    type=click.IntRange(min=1),
+    help="Threads that read and decode.  [default: all cores]",
+)
+@click.option(
+    "--shard-size",
+    type=click.IntRange(min=1),
+    default=10_000,
+    show_default=True,
+    help="Most images in a slice.",
+)
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=1),
+    help="To measure, spread evenly over the source.  [default: six batches' worth; on a CPU for "
+    "each core]",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="That share the work, each with a device and --workers like here.",
+)
+@_class_options
+@_json_option
+def label_plan(
+    images: str,
+    classes: Path | None,
+    root: str | None,
+    teacher: str,
+    checkpoint: Path | None,
+    image_size: int | None,
+    levels: str | None,
+    fit: str,
+    top_k: int | None,
+    mass: float | None,
+    score_bits: str,
+    batch_size: int | None,
+    device: str,
+    precision: str,
+    workers: int | None,
+    shard_size: int,
+    num_images: int | None,
+    processes: int,
+    keep_classes: str | None,
+    class_map: Path | None,
+    as_json: bool,
+) -> None:
+    """Say what labelling will take: hours, bytes, files, memory, and which stage limits.
+
+    Some images are labelled on this device, and nothing is written. Give the options that
+    tl-label generate will get. In brackets: 95 % of what other samples of images would give; of
+    the teacher, the slowest and the fastest batches.
+
+    \b
+    Examples:
+      tl-label plan --images imagenet/train
+      tl-label plan --images imagenet/train --workers 2 --processes 8
+    """
+    import json
+
+    from .labeler.classes import check_classes, choose_classes
+    from .labeler.generate import parse_levels
+    from .labeler.plan import extrapolate, in_words, measure
+    from .labeler.sources import open_source
+    from .labeler.teacher import load_teacher
+
+    sizes = parse_levels(levels) if levels is not None else []
+    if sizes and image_size is not None:
+        raise ValueError("--image-size and --levels: give one; the first level is the image size")
+    source = open_source(images, classes=classes, root=root)
+    model = load_teacher(
+        teacher,
+        checkpoint=checkpoint,
+        image_size=sizes[0] if sizes else image_size,
+        device=device,
+        precision=precision,
+    )
+    space = choose_classes(model.classes, source, keep_classes=keep_classes, class_map=class_map)
+    model = model.in_space(space)
+    check_classes(source, model.classes, model.space)
+    measured = measure(
+        source,
+        teacher=model,
+        levels=sizes,
+        fit=fit,
+        top_k=top_k or min(5, model.num_classes),
+        mass=mass,
+        score_bits=int(score_bits),
+        batch_size=batch_size,
+        num_workers=workers,
+        num_images=num_images,
+    )
+    found = extrapolate(measured, shard_size=shard_size, num_processes=processes)
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    for name, value in in_words(found).items():
+        click.echo(f"{name:<12}{value}")
+    for key, reason in list(found.bad.items())[:10]:
+        click.echo(f"  left out: {key}: {reason}")
+
+
 @label.command("import")
 @click.argument("src", metavar="SRC")
 @_kind_option
-@click.option("--out", type=_FOLDER, required=True, help="Folder of the label set.")
+@click.option(
+    "--out",
+    type=_FOLDER_OR_URL,
+    metavar="FOLDER|URL",
+    required=True,
+    help="Folder of the label set, or URL of one: s3:// needs the package s3fs, gs:// gcsfs.",
+)
 @_source_options(
     required=False, why=" Needed for auto and for fit center; without it, names become keys."
 )
@@ -336,7 +629,7 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
 def label_import(
     src: str,
     kind: str,
-    out: Path,
+    out: Path | str,
     images: str | None,
     classes: Path | None,
     root: str | None,
@@ -419,14 +712,14 @@ def label_import(
     if summary.num_unused:
         click.echo(f"  unused: {_counted(summary.num_unused, 'file')} without an image")
     if summary.quarantined:
-        click.echo(f"  left out: {len(summary.quarantined)}, all listed in {out / 'index.json'}")
+        click.echo(f"  left out: {len(summary.quarantined)}, all listed in {out}/index.json")
     for key, reason in list(summary.quarantined.items())[:10]:
         click.echo(f"    {key}: {reason}")
     click.echo(f"  label set: {out}")
 
 
 @label.command("export")
-@click.argument("labels", type=_FOLDER)
+@click.argument("labels", type=_FOLDER_OR_URL)
 @_kind_option
 @click.option("--out", type=_FOLDER, required=True, help="A new folder.")
 @click.option(
@@ -450,7 +743,7 @@ def label_import(
     "the published trainers do not turn photos upright.",
 )
 def label_export(
-    labels: Path,
+    labels: Path | str,
     kind: str,
     out: Path,
     grid: int | None,
@@ -497,7 +790,7 @@ def label_export(
 
 
 @label.command("verify")
-@click.argument("labels", type=_FOLDER)
+@click.argument("labels", type=_FOLDER_OR_URL)
 @_source_options(required=True)
 @click.option("--teacher", help="A timm classifier.  [default: the one that the set names]")
 @click.option("--checkpoint", type=_FILE, help="Its weights.  [default: timm's, downloaded once]")
@@ -528,7 +821,7 @@ def label_export(
 @_precision_option
 @_json_option
 def label_verify(
-    labels: Path,
+    labels: Path | str,
     images: str,
     classes: Path | None,
     root: str | None,
@@ -557,6 +850,7 @@ def label_verify(
     """
     import json
 
+    from .labeler.classes import space_of_set
     from .labeler.label_set import LabelSet, read_index
     from .labeler.sources import open_source
     from .labeler.teacher import load_teacher
@@ -571,6 +865,7 @@ def label_verify(
         device=device,
         precision=precision,
     )
+    model = model.in_space(space_of_set(index, model.classes))
     found = check_keys(labels, source)
     agreement = None
     if not (found.damaged or found.duplicates):
@@ -652,7 +947,7 @@ def _interval(interval: Any) -> str:
 
 
 @label.command("show")
-@click.argument("labels", type=_FOLDER)
+@click.argument("labels", type=_FOLDER_OR_URL)
 @click.argument("keys", metavar="[KEY]...", nargs=-1)
 @_source_options(required=True)
 @click.option("--out", type=_FILE, required=True, help="A .png, or an .html page of them.")
@@ -661,7 +956,7 @@ def _interval(interval: Any) -> str:
 )
 @click.option("--seed", default=0, show_default=True, help="Of the crops, and of keys not given.")
 def label_show(
-    labels: Path,
+    labels: Path | str,
     keys: tuple[str, ...],
     images: str,
     classes: Path | None,
@@ -696,8 +991,37 @@ def label_show(
     click.echo(f"{out}: {', '.join(sheets)}")
 
 
+@label.command("classes")
+@click.option("--teacher", required=True, metavar="NAME", help="A timm classifier.")
+@click.option("--checkpoint", type=_FILE, help="Its weights, if they are not timm's.")
+def label_classes(teacher: str, checkpoint: Path | None) -> None:
+    """List a teacher's classes: wnid or other id, a tab, what people read.
+
+    The first line is class 0. Lines taken out of it are a file for --keep-classes; with a folder
+    instead of the name, for --class-map.
+
+    \b
+    Examples:
+      tl-label classes --teacher dm_nfnet_f6 | grep -i terrier
+      tl-label classes --teacher convnext_tiny --checkpoint run/checkpoints/best.pt
+    """
+    from .labeler.teacher import classes_of_teacher
+
+    found = classes_of_teacher(teacher, checkpoint=checkpoint)
+    for index in range(found.num):
+        id_ = found.ids[index] if found.ids else str(index)
+        name = found.names[index] if found.names else ""
+        click.echo(f"{id_}\t{name}" if name not in ("", id_) else id_)
+
+
+def _without_bulk(index: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what grows with the set, and the dictionary, of which there is the checksum."""
+    bulk = ("class_names", "quarantined", "shards", "dictionary")
+    return {name: value for name, value in index.items() if name not in bulk}
+
+
 @label.command("info")
-@click.argument("labels", type=_FOLDER)
+@click.argument("labels", type=_FOLDER_OR_URL)
 @_source_options(required=False, why=" Given it, the teacher is compared with the folders.")
 @click.option(
     "--num-images",
@@ -709,7 +1033,7 @@ def label_show(
 @click.option("--seed", default=0, show_default=True, help="Of that choice.")
 @_json_option
 def label_info(
-    labels: Path,
+    labels: Path | str,
     images: str | None,
     classes: Path | None,
     root: str | None,
@@ -733,9 +1057,7 @@ def label_info(
     source = None if images is None else open_source(images, classes=classes, root=root)
     found = describe(opened, source=source, num_images=num_images, seed=seed)
     if as_json:
-        lists = ("class_names", "quarantined", "shards")
-        index = {name: value for name, value in opened.index.items() if name not in lists}
-        content = {"index": index, "maps": found.to_json()}
+        content = {"index": _without_bulk(opened.index), "maps": found.to_json()}
         click.echo(json.dumps(content, indent=2, ensure_ascii=False))
         return
     for name, value in in_words(opened, found).items():
@@ -811,7 +1133,8 @@ def _counted(number: int, noun: str) -> str:
 )
 @click.option(
     "--labels",
-    type=_FOLDER,
+    type=_FOLDER_OR_URL,
+    metavar="FOLDER|URL",
     help="Label maps made by tl-label generate. Leave out for a split without, e.g. validation.",
 )
 @click.option("--out", type=_FOLDER, required=True, help="Folder of the data set.")
@@ -843,7 +1166,7 @@ def _counted(number: int, noun: str) -> str:
 @click.option("--overwrite", is_flag=True, help="Replace the split if OUT has it already.")
 def shard_pack(
     images: str,
-    labels: Path | None,
+    labels: Path | str | None,
     out: Path,
     split: str,
     classes: Path | None,
@@ -906,7 +1229,13 @@ def shard_pack(
 
 @shard.command("relabel")
 @click.argument("data", type=_FOLDER)
-@click.option("--labels", type=_FOLDER, required=True, help="Label maps made by tl-label generate.")
+@click.option(
+    "--labels",
+    type=_FOLDER_OR_URL,
+    metavar="FOLDER|URL",
+    required=True,
+    help="Label maps made by tl-label generate.",
+)
 @click.option("--out", type=_FOLDER, help="New folder for the whole data set.")
 @click.option(
     "--in-place", is_flag=True, help="Replace the maps in DATA; needs room for the split twice."
@@ -920,7 +1249,7 @@ def shard_pack(
 )
 def shard_relabel(
     data: Path,
-    labels: Path,
+    labels: Path | str,
     out: Path | None,
     in_place: bool,
     split: str | None,
@@ -986,6 +1315,7 @@ def shard_info(data: Path, as_json: bool) -> None:
     """
     import json
 
+    from .labeler.label_set import in_words
     from .shards.index import read_index
 
     index = read_index(data)
@@ -998,7 +1328,7 @@ def shard_info(data: Path, as_json: bool) -> None:
                 "num_left_out": len(split.quarantined),
                 "num_encoded_anew": sum(split.repaired.values()),
                 "seed": split.seed,
-                "labels": split.labels,
+                "labels": None if split.labels is None else _without_bulk(split.labels),
             }
             for name, split in index.splits.items()
         }
@@ -1016,10 +1346,7 @@ def shard_info(data: Path, as_json: bool) -> None:
         if split.labels is None:
             click.echo("  no label maps")
         else:
-            teacher = split.labels.get("teacher", {}).get("name", "unknown teacher")
-            click.echo(
-                f"  label maps: {teacher}, top {split.labels['k']}, {split.labels['fit']} fit"
-            )
+            click.echo(f"  label maps: {in_words(split.labels)}")
 
 
 @shard.command("verify")
@@ -1057,7 +1384,7 @@ def shard_verify(data: Path, workers: int | None) -> None:
 @click.group(cls=_Group)
 @click.version_option(package_name="tokenlabel")
 def train() -> None:
-    """Train image models on token labels."""
+    """Train image models on token labels, or on class labels alone."""
 
 
 _recipe_option = click.option(
@@ -1078,7 +1405,12 @@ _set_option = click.option(
 @click.option("--out", type=_FOLDER, required=True, help="The run folder.")
 @click.option("--split", default="train", show_default=True, help="Split to learn from.")
 @click.option("--val-split", help="Split to evaluate on.  [default: val, if there is one]")
-@click.option("--init", type=_FILE, help="Checkpoint to start from: ours or a published one.")
+@click.option(
+    "--init",
+    metavar="FILE|URL|NAME",
+    help="Checkpoint to start from: ours, a published one, or the name of such, e.g. lvvit_s_224, "
+    "which is downloaded.",
+)
 @click.option(
     "--init-ema/--no-init-ema",
     default=None,
@@ -1094,7 +1426,7 @@ def train_run(
     out: Path,
     split: str,
     val_split: str | None,
-    init: Path | None,
+    init: str | None,
     init_ema: bool | None,
     resume: bool,
     overwrite: bool,
@@ -1107,9 +1439,13 @@ def train_run(
     and at the end report.html. SIGTERM and Ctrl-C save and stop; --resume goes on, and gives what
     an undisturbed run would have given.
 
+    The model is ours (lvvit_s, t2t_vit_14, …) or any classifier of timm, by its name.
+
     \b
     Examples:
       tl-train run --recipe demo --data demo/shards --out demo/run
+      tl-train run --recipe class_labels --set model.name=convnext_tiny \\
+          --set model.pretrained=true --data shards --out run
       torchrun --nproc-per-node 8 --no-python \\
           tl-train run --recipe lvvit_s_224 --data shards --out run
     """
@@ -1138,8 +1474,52 @@ def train_run(
             f"{out}/checkpoints/best.pt  step {best['step']}, "
             f"top-1 {best['top1']:.2f} % ({weights} weights)"
         )
-    if outcome.step == outcome.total_steps:
+    if (out / "report.html").is_file():
         click.echo(f"{out}/report.html")
+
+
+@train.command("report")
+@click.argument("run", metavar="RUN", type=_FOLDER)
+def train_report(run: Path) -> None:
+    """Write RUN/report.html anew, from what the run folder holds.
+
+    tl-train run does this at its end. This is for runs that are still going on, or were killed.
+    """
+    from .trainer.report import write_report
+
+    click.echo(write_report(run))
+
+
+@train.command("export")
+@click.argument("checkpoint", metavar="CHECKPOINT", type=_FILE)
+@click.option("--out", type=_FOLDER, required=True, help="A new folder.")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["timm", "published"]),
+    default="timm",
+    show_default=True,
+    help="timm: model.safetensors and config.json. published: model.pth.tar, as the authors of "
+    "LV-ViT and T2T-ViT publish theirs.",
+)
+@click.option(
+    "--ema/--raw", default=None, help="Averaged or raw weights.  [default: the better ones]"
+)
+def train_export(checkpoint: Path, out: Path, form: Any, ema: bool | None) -> None:
+    """Write a checkpoint of tl-train in a form that other programs load.
+
+    In Python: timm.create_model("local-dir:OUT", pretrained=True), for a model of ours after
+    import tokenlabel.trainer.models. The dense head that tl-train adds to models of timm is left
+    out.
+
+    \b
+    Example:
+      tl-train export run/checkpoints/best.pt --out student
+    """
+    from .trainer.export import export
+
+    for path in export(checkpoint, out, form=form, ema=ema):
+        click.echo(path)
 
 
 @train.command("recipes")
@@ -1170,23 +1550,31 @@ def train_show(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.command(cls=_Command)
 @click.version_option(package_name="tokenlabel")
 @click.option(
-    "--checkpoint", type=_FILE, required=True, help="Of tl-train, of LV-ViT, or of a timm model."
+    "--checkpoint",
+    required=True,
+    metavar="FILE|URL|NAME",
+    help="Of tl-train, of LV-ViT or T2T-ViT, or of a timm model; or the name of published weights, "
+    "e.g. lvvit_s_224, which are downloaded.",
 )
 @click.option(
     "--data",
-    type=_FOLDER,
     required=True,
-    help="Data set of tl-shard, or a folder of class folders.",
+    metavar="DATA|SOURCE",
+    help="Data set of tl-shard, or images with classes: class folders, a .tar or .zip of them, "
+    "WebDataset shards ('val-{000..012}.tar', a glob, URLs), or a list of PATH,CLASS.",
 )
 @click.option("--split", help="Of the data set.  [default: val]")
 @click.option(
     "--classes",
     type=_FILE,
-    help="For class folders: one class a line, in the order of the model's outputs.  "
-    "[default: DATA/classes.txt if there, else the sorted folder names]",
+    help="For a SOURCE: one class a line, in the order of the model's outputs.  "
+    "[default: classes.txt in its root if there, else the sorted folder names]",
 )
 @click.option(
-    "--model", metavar="NAME", help="Only weights of timm models need it: --model resnet50."
+    "--root", metavar="FOLDER|ARCHIVE", help="Where the paths of a list start.  [default: its own]"
+)
+@click.option(
+    "--model", metavar="NAME", help="Only files of other programs need it: --model resnet50."
 )
 @click.option(
     "--image-size", type=click.IntRange(min=1), help="Pixels.  [default: the checkpoint's]"
@@ -1200,17 +1588,20 @@ def train_show(recipe: str, overrides: tuple[str, ...]) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
 @click.option(
-    "--ema/--raw", default=None, help="Averaged or raw weights.  [default: the better ones]"
+    "--ema/--raw",
+    default=None,
+    help="Averaged or raw weights of a file that has both.  [default: the better ones]",
 )
 @click.option(
     "--workers", type=click.IntRange(min=1), help="Reading threads.  [default: all cores]"
 )
 @click.option("--json", "json_out", metavar="FILE|-", help="Write the result as JSON; - prints it.")
 def evaluate(
-    checkpoint: Path,
-    data: Path,
+    checkpoint: str,
+    data: str,
     split: str | None,
     classes: Path | None,
+    root: str | None,
     model: str | None,
     image_size: int | None,
     crop_pct: float | None,
@@ -1244,6 +1635,7 @@ def evaluate(
         data,
         split=split,
         classes=classes,
+        root=root,
         model=model,
         image_size=image_size,
         crop_pct=crop_pct,

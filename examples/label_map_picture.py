@@ -38,7 +38,7 @@ def main(
         known = ", ".join([key for key in samples if key in label_set][:5])
         raise click.ClickException(f"there is no labelled photo {key!r}; there are {known}, …")
     photo = load_image(source.read(samples[key]))
-    label_map = decode(label_set.read(key))[0]
+    label_map = decode(label_set.read(key), dictionary=label_set.dictionary)[0]
     drawing = draw_label_map(photo, label_map, source.class_names, longest_px=longest_px)
     with_legend(drawing, photo=photo, title=title or key).save(out, quality=88)
 

@@ -3,52 +3,55 @@
 The sorted list of images is cut into slices. A slice is the unit of work and of resume: process r
 of n takes slices r, r + n, …, writes each under a temporary name and renames it. Whoever finds
 that all slices are there writes index.json. Processes talk to each other through the output folder
-alone, so any of them may die at any moment and the same command goes on.
-
-Within a process, threads read, decode and resize images (Pillow lets go of Python's lock for
-that), the calling thread keeps the device busy, and one more thread turns what comes back from
-the device into bytes and files. Which images share a batch depends on the slice alone.
-
-On a CPU every batch is computed by one thread, and as many batches at a time as torch has threads.
-That takes less time in all than cutting up each convolution, and the bytes of a map do not depend
-on the number of threads.
+alone, so any of them may die at any moment and the same command goes on. One that is asked to stop
+(SIGTERM, Ctrl-C) also leaves what it has of the slice it was at.
 """
 
 import hashlib
-import json
 import logging
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import timm
 import torch
-from jaxtyping import Float, Float16, Int32, UInt8
-from torch import Tensor
 from tqdm import tqdm
 
-from .fit import Placement, check_fit, place, resize
-from .images import BadImage, load_image
-from .label_map import LabelMap, encode
+from .classes import check_classes, classes_of
+from .dictionary import to_settings
+from .folder import Location
+from .interrupt import StopRequest
 from .label_set import (
-    FORMAT,
-    INDEX_NAME,
     Slice,
+    check_output,
     is_whole,
-    read_slice,
-    remove_slice,
-    slice_numbers,
+    read_slices,
+    remove_index,
+    remove_slices,
     totals,
     write_index,
     write_slice,
+)
+from .partial import (
+    SliceWork,
+    list_partials,
+    read_partial,
+    remove_partial,
+    remove_partials,
+    save_partial,
+)
+from .pipeline import MapCoding, label_slices
+from .score import (
+    Scorer,
+    check_scoring,
+    default_batch_size,
+    default_workers,
+    level_batch_sizes,
+    level_sizes,
+    load_inputs,
 )
 from .sources import ImageFolder, Sample
 from .teacher import Teacher
@@ -57,23 +60,17 @@ DEFAULT_SHARD_SIZE = 10_000
 """About 50 MB of label maps, and half a minute of an H100 with NFNet-F6: little to lose by a
 kill, few files (129 tars for ImageNet), and enough slices to keep a hundred processes busy."""
 
-_MAX_LOGITS = 1 << 27
-"""Logits of a batch are made in pieces of this many numbers (512 MB) at most."""
-_NUM_AHEAD = 4
-"""Batches that may wait for the device or for encoding before no more are prepared."""
 _SYSTEMIC = 32
 """A slice of so many images of which none can be labelled points at the cause, not at them."""
 
 _logger = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
     """What a run did, and what the label set holds."""
 
-    out: Path
+    out: Location
     num_listed: int
     """Images in the slices that this summary is about: all, or this process's while others run."""
     num_labelled: int
@@ -89,16 +86,25 @@ class Summary:
     """That this run took to label them."""
     num_slices: int
     num_unfinished: int
-    """Slices of other processes that are not there yet; index.json is written when it is 0."""
+    """Slices that are not there yet, those of other processes too; index.json is written when it
+    is 0."""
+    was_stopped: bool
+    """Whether SIGTERM or Ctrl-C kept this process from finishing its share."""
+    num_kept: int
+    """Images of its unfinished slices that need not be labelled again."""
 
 
 def generate(
     source: ImageFolder,
-    out: Path,
+    out: Location,
     *,
     teacher: Teacher,
     fit: str = "native",
+    levels: Sequence[int] = (),
     top_k: int = 5,
+    mass: float | None = None,
+    score_bits: int = 16,
+    dictionary: bytes | None = None,
     batch_size: int | None = None,
     num_workers: int | None = None,
     shard_size: int = DEFAULT_SHARD_SIZE,
@@ -108,13 +114,23 @@ def generate(
 ) -> Summary:
     """Write label maps of all images of a source; go on where an earlier run was broken off.
 
+    SIGTERM, or Ctrl-C once, ends it early and in good order: batches that have begun are finished,
+    and what there is of an unfinished slice is kept for the next run.
+
     Args:
         source: The images.
-        out: Folder of the label set.
+        out: Folder of the label set, or a URL of one as a str.
         teacher: Scores the cells.
         fit: How images meet the teacher, see fit.FITS.
+        levels: Sides of the teacher's square image, px, rising: a map is made at each of them. The
+            first is teacher.image_size; none means that alone.
         top_k: Classes kept per cell.
-        batch_size: Images per forward pass; None means 64 on a GPU and 4 on the CPU.
+        mass: Keep fewer classes where fewer have this probability together, see
+            label_map.keep_mass.
+        score_bits: 16 or 8, see label_map.encode.
+        dictionary: A zstd dictionary to encode with. It is stored in the label set.
+        batch_size: Images per forward pass; None means 64 on a GPU and 4 on the CPU. Larger levels
+            take as many fewer as they have more pixels.
         num_workers: Threads that decode; None means one per core, shared fairly by
             the processes that torchrun started here.
         shard_size: Images per slice, at most.
@@ -127,51 +143,56 @@ def generate(
         ValueError: If arguments do not fit together, or another run's labels are in the way.
         OSError: If the output cannot be written.
     """
-    _check_arguments(teacher, fit, top_k, shard_size)
-    if teacher.device.type == "cuda":  # for what names no device: pinned memory and events
-        torch.cuda.set_device(teacher.device)
-    on_cpu = teacher.device.type == "cpu"
-    batch_size = batch_size or (4 if on_cpu else 64)
+    sizes = level_sizes(teacher, levels)
+    check_classes(source, teacher.classes, teacher.space)
+    check_scoring(teacher, fit=fit, top_k=top_k)
+    if shard_size < 1:
+        raise ValueError(f"shard size {shard_size} is not a number of images, 1 or more")
+    coding = MapCoding(
+        num_classes=teacher.num_classes, score_bits=score_bits, mass=mass, dictionary=dictionary
+    )
     settings = _settings(source, teacher, fit, top_k, shard_size)
+    settings |= _optional_settings(sizes, mass, score_bits, dictionary)
     slices = _slices(source.samples, shard_size)
     check_output(out)
     _make_way(out, settings, overwrite)
     finished = _finished(out, settings)
     own = range(rank, len(slices), world_size)
     todo = [n for n in own if n not in finished or not is_whole(out, finished[n])]
-    for number in todo:
-        remove_slice(out, number)
+    remove_slices(out, todo)
     if todo:
-        (out / INDEX_NAME).unlink(missing_ok=True)
+        remove_index(out)
     _log_plan(source, teacher, settings, len(slices))
-    _log_share(rank, world_size, len(own), len(todo))
-    num_new = sum(len(slices[number]) for number in todo)
     num_own = sum(len(slices[number]) for number in own)
+    num_begun = _num_kept(out, settings, todo)
+    num_done = num_own - sum(len(slices[number]) for number in todo) + num_begun
+    _log_share(rank, world_size, len(own), len(todo), num_begun)
     start_secs = time.monotonic()
     with (
         tqdm(
             desc="label",
             total=num_own,
-            initial=num_own - num_new,
+            initial=num_done,
             unit="img",
             smoothing=0.05,
             # Bars of several processes on one terminal would overwrite each other.
             disable=None if os.environ.get("LOCAL_RANK", "0") == "0" else True,
         ) as progress,
-        ThreadPoolExecutor(torch.get_num_threads(), "cpu", torch.set_num_threads, (1,)) as cpu,
+        StopRequest() as stop,
+        Scorer(teacher, top_k=top_k) as scorer,
     ):
-        _label(
+        label_slices(
             {number: slices[number] for number in todo},
-            load=partial(_load, source, teacher, fit),
-            score=partial(_score_on_cpu, cpu, teacher, top_k)
-            if on_cpu
-            else partial(_score, teacher, top_k),
-            num_ahead=_NUM_AHEAD + (torch.get_num_threads() if on_cpu else 0),
-            write=partial(write_slice, out, settings=settings),
-            batch_size=batch_size,
-            num_workers=num_workers or _default_workers(),
-            num_classes=teacher.num_classes,
-            knows_folders=teacher.num_classes == source.num_classes,
+            load=partial(load_inputs, source, teacher=teacher, fit=fit, sizes=sizes),
+            scorer=scorer,
+            coding=coding,
+            batch_sizes=level_batch_sizes(sizes, batch_size or default_batch_size(teacher)),
+            num_workers=num_workers or default_workers(),
+            resume=partial(read_partial, out, settings=settings),
+            finish=partial(
+                _finish, out, settings, slices, teacher.num_classes == source.num_classes, progress
+            ),
+            stop=stop,
             progress=progress,
         )
     secs = time.monotonic() - start_secs
@@ -181,10 +202,13 @@ def generate(
         finished = {n: r for n, r in finished.items() if n in own or is_whole(out, r)}
     num_unfinished = len(slices) - len(finished)
     records = [finished[n] for n in finished if n in own or not num_unfinished]
+    unfinished = [number for number in own if number not in finished]
+    num_kept = _num_kept(out, settings, unfinished)
     total = totals(records)
     if not num_unfinished:
         _check_any_labelled(records)
         write_index(out, records, settings=settings, class_names=_class_names(source, teacher))
+        remove_partials(out)
     return Summary(
         out=out,
         num_listed=total["num_labelled"] + total["num_quarantined"],
@@ -192,10 +216,12 @@ def generate(
         quarantined={key: why for record in records for key, why in record.quarantined.items()},
         map_bytes=total["map_bytes"],
         num_correct=total["num_correct"],
-        num_new=num_new,
+        num_new=num_own - sum(len(slices[n]) for n in unfinished) + num_kept - num_done,
         secs=secs,
         num_slices=len(slices),
         num_unfinished=num_unfinished,
+        was_stopped=stop.requested and bool(unfinished),
+        num_kept=num_kept,
     )
 
 
@@ -218,6 +244,18 @@ def share_of_work(part: str | None = None) -> tuple[int, int]:
     return (int(number) - 1) * world_size + rank, int(num_parts) * world_size
 
 
+def parse_levels(text: str) -> list[int]:
+    """Read image sizes like "448,640,896".
+
+    Raises:
+        ValueError: If the text is anything else.
+    """
+    sizes = [size.strip() for size in text.split(",")]
+    if not all(size.isdecimal() for size in sizes):
+        raise ValueError(f"levels {text!r} are not sizes in px like 448,640,896")
+    return [int(size) for size in sizes]
+
+
 def local_device(device: str) -> str:
     """Give each process that torchrun starts on a machine a GPU of its own.
 
@@ -229,272 +267,46 @@ def local_device(device: str) -> str:
     return f"cuda:{local_rank}"
 
 
-def check_output(out: Path) -> None:
-    """Make the output folder, and check that it does not belong to something else.
-
-    Raises:
-        OSError: If it cannot be made or is a file.
-        ValueError: If it holds a data set.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        kind = json.loads((out / INDEX_NAME).read_bytes())["format"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        return
-    if kind != FORMAT:
-        raise ValueError(f"{out} holds {kind!r} already; give --out a folder of its own")
-
-
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    sample: Sample
-    pixels: UInt8[np.ndarray, "h w 3"]
-    placement: Placement
-
-
-@dataclass(frozen=True, slots=True)
-class _Scores:
-    classes: Int32[np.ndarray, "b k rows cols"]
-    best: Int32[np.ndarray, " b"]
-    """The class that the whole image gets: that of the mean over all cells."""
-    scores: Float16[np.ndarray, "b k rows cols"]
-    log_normalizer: Float16[np.ndarray, "b rows cols"]
-
-
-@dataclass(slots=True)
-class _Labels:
-    """What a slice has so far."""
-
-    maps: dict[str, bytes] = field(default_factory=dict)
-    quarantined: dict[str, str] = field(default_factory=dict)
-    num_correct: int = 0
-
-
-def _label(
-    slices: dict[int, Sequence[Sample]],
-    *,
-    load: Callable[[Sample], _Loaded | str],
-    score: Callable[[UInt8[np.ndarray, "b h w 3"]], Callable[[], _Scores]],
-    write: Callable[..., Slice],
-    num_ahead: int,
-    batch_size: int,
-    num_workers: int,
-    num_classes: int,
+def _finish(
+    out: Location,
+    settings: dict[str, Any],
+    slices: Sequence[Sequence[Sample]],
     knows_folders: bool,
     progress: tqdm,
-) -> None:
-    """Label slices one after the other, while the images of the next are decoded already."""
-    loaders = ThreadPoolExecutor(num_workers, "load")
-    writer = ThreadPoolExecutor(1, "write")
-    in_flight: deque[Future[None]] = deque()
-
-    def run(labels: _Labels, batch: list[_Loaded]) -> None:
-        while len(in_flight) >= num_ahead:
-            in_flight.popleft().result()
-        fetch = score(np.stack([loaded.pixels for loaded in batch]))
-        in_flight.append(writer.submit(_encode, labels, batch, fetch, num_classes, progress))
-
-    try:
-        samples = (sample for slice_samples in slices.values() for sample in slice_samples)
-        loaded_images = _in_order(loaders, load, samples, ahead=num_workers + 2 * batch_size)
-        for number, slice_samples in slices.items():
-            labels = _Labels()
-            buckets: dict[tuple[int, int], list[_Loaded]] = {}
-            # The samples come first: zip must not take an image from the next slice at the end.
-            for sample, loaded in zip(slice_samples, loaded_images):
-                if isinstance(loaded, str):
-                    labels.quarantined[sample.key] = loaded
-                    progress.update()
-                    continue
-                bucket = buckets.setdefault(loaded.placement.size, [])
-                bucket.append(loaded)
-                if len(bucket) == batch_size:
-                    run(labels, buckets.pop(loaded.placement.size))
-            for bucket in buckets.values():
-                run(labels, bucket)
-            in_flight.append(
-                writer.submit(_write, write, number, slice_samples, labels, knows_folders, progress)
-            )
-        while in_flight:
-            in_flight.popleft().result()
-    finally:
-        loaders.shutdown(wait=False, cancel_futures=True)
-        writer.shutdown(wait=True, cancel_futures=True)
-
-
-def _in_order(
-    pool: ThreadPoolExecutor,
-    function: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    *,
-    ahead: int,
-) -> Iterator[_Result]:
-    """Map in a pool, in order, with at most `ahead` items under way."""
-    items = iter(items)
-    under_way = deque(pool.submit(function, item) for item in islice(items, ahead))
-    while under_way:
-        result = under_way.popleft().result()
-        under_way.extend(pool.submit(function, item) for item in islice(items, 1))
-        yield result
-
-
-def _load(source: ImageFolder, teacher: Teacher, fit: str, sample: Sample) -> _Loaded | str:
-    """Return the image as the teacher wants it, or why it is no good."""
-    try:
-        image = load_image(source.read(sample))
-    except BadImage as error:
-        return str(error)
-    except (FileNotFoundError, PermissionError) as error:
-        # Of this file alone. What concerns all, a lost mount or a dying disk, stops the job.
-        return f"cannot be read: {error.strerror}"
-    placement = place(image.size, fit=fit, teacher_size=teacher.image_size, stride=teacher.stride)
-    pixels = resize(image, placement, interpolation=teacher.interpolation)
-    return _Loaded(sample, pixels, placement)
-
-
-def _score_on_cpu(
-    pool: ThreadPoolExecutor, teacher: Teacher, top_k: int, images: UInt8[np.ndarray, "b h w 3"]
-) -> Callable[[], _Scores]:
-    """Start a batch in a thread of its own; else as _score."""
-    computed = pool.submit(_score, teacher, top_k, images)
-    return lambda: computed.result()()
-
-
-@torch.inference_mode()
-def _score(
-    teacher: Teacher, top_k: int, images: UInt8[np.ndarray, "b h w 3"]
-) -> Callable[[], _Scores]:
-    """Start the teacher on a batch.
-
-    Returns:
-        A function that waits for the device and returns the scores.
-    """
-    batch = torch.from_numpy(images)
-    on_gpu = teacher.device.type == "cuda"
-    if on_gpu:
-        batch = batch.pin_memory()
-    try:
-        cells = teacher.cells(batch.to(teacher.device, non_blocking=True).permute(0, 3, 1, 2))
-        num_logits = cells[0, ..., 0].numel() * teacher.num_classes
-        pieces = cells.split(max(1, _MAX_LOGITS // num_logits))
-        reduced = [_reduce(teacher.classify(piece), top_k) for piece in pieces]
-    except torch.OutOfMemoryError as error:
-        raise ValueError(
-            f"{len(images)} images of {images.shape[2]}x{images.shape[1]} px do not fit into the "
-            f"memory of {teacher.device}; give a smaller --batch-size"
-        ) from error
-    parts = [torch.cat(part).contiguous() for part in zip(*reduced)]
-    # One copy for all, and no wait: the memory it goes to is pinned.
-    host = torch.cat([part.view(torch.uint8).flatten() for part in parts]).to(
-        "cpu", non_blocking=True
-    )
-    done = torch.cuda.Event() if on_gpu else None
-    if done is not None:
-        done.record()
-
-    def fetch() -> _Scores:
-        if done is not None:
-            done.synchronize()
-        rest = host.numpy()
-        arrays = []
-        for part in parts:
-            data, rest = np.split(rest, [part.numel() * part.element_size()])
-            dtype = np.int32 if part.dtype == torch.int32 else np.float16
-            arrays.append(data.view(dtype).reshape(part.shape))
-        return _Scores(*arrays)
-
-    return fetch
-
-
-def _reduce(logits: Float[Tensor, "b rows cols c"], top_k: int) -> tuple[Tensor, ...]:
-    """Reduce logits to the fields of _Scores. The wider types come first: they stay aligned."""
-    scores, classes = logits.topk(top_k, dim=-1)
-    return (
-        classes.permute(0, 3, 1, 2).int(),
-        logits.mean((1, 2)).argmax(-1).int(),
-        scores.permute(0, 3, 1, 2).half(),
-        logits.logsumexp(-1).half(),
-    )
-
-
-def _encode(
-    labels: _Labels,
-    batch: Sequence[_Loaded],
-    fetch: Callable[[], _Scores],
-    num_classes: int,
-    progress: tqdm,
-) -> None:
-    """Wait for a batch and add its maps to the slice's labels."""
-    result = fetch()
-    for i, loaded in enumerate(batch):
-        key = loaded.sample.key
-        scores, log_normalizer = result.scores[i], result.log_normalizer[i]
-        if not (np.isfinite(scores).all() and np.isfinite(log_normalizer).all()):
-            labels.quarantined[key] = "the teacher's scores are not finite"
-            continue
-        label_map = LabelMap(
-            scores=scores,
-            classes=result.classes[i].astype(np.uint32),
-            num_classes=num_classes,
-            log_normalizer=log_normalizer,
-            window=loaded.placement.window,
-        )
-        labels.maps[key] = encode(label_map)
-        labels.num_correct += int(result.best[i]) == loaded.sample.class_index
-    progress.update(len(batch))
-
-
-def _write(
-    write: Callable[..., Slice],
     number: int,
-    samples: Sequence[Sample],
-    labels: _Labels,
-    knows_folders: bool,
-    progress: tqdm,
+    work: SliceWork,
 ) -> None:
-    """Write a slice whose images are all encoded."""
+    """Write a slice whose images are all done; keep what there is of one that is broken off."""
+    samples = slices[number]
     keys = [sample.key for sample in samples]
-    if not labels.maps and len(keys) >= _SYSTEMIC:
+    if len(work.maps) + len(work.quarantined) < len(keys):
+        save_partial(out, number, work, settings)
+        return
+    if not work.maps and len(keys) >= _SYSTEMIC:
         raise ValueError(
             f"none of the {len(keys)} images from {keys[0]} on could be labelled, "
-            f"{keys[0]} because: {labels.quarantined[keys[0]]}"
+            f"{keys[0]} because: {work.quarantined[keys[0]]}"
         )
-    record = write(
-        number,
-        [(key, labels.maps[key]) for key in keys if key in labels.maps],
-        quarantined={key: labels.quarantined[key] for key in keys if key in labels.quarantined},
-        num_correct=labels.num_correct if knows_folders else None,
+    num_correct = sum(
+        work.best[sample.key] == sample.class_index for sample in samples if sample.key in work.maps
     )
-    # Where there is no bar, in the log of a cluster's job, these lines are the progress.
+    write_slice(
+        out,
+        number,
+        [(key, work.maps[key]) for key in keys if key in work.maps],
+        settings=settings,
+        quarantined={key: work.quarantined[key] for key in keys if key in work.quarantined},
+        num_correct=num_correct if knows_folders else None,
+    )
+    remove_partial(out, number)
     _logger.log(
+        # Where there is no bar, in the log of a cluster's job, these lines are the progress.
         logging.INFO if progress.disable else logging.DEBUG,
         "slice %d is finished: %d images labelled, %d left out",
         number,
-        len(record.samples),
-        len(record.quarantined),
+        len(work.maps),
+        len(work.quarantined),
     )
-
-
-def _default_workers() -> int:
-    num_processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(1, len(os.sched_getaffinity(0)) // num_processes)
-
-
-def _check_arguments(teacher: Teacher, fit: str, top_k: int, shard_size: int) -> None:
-    check_fit(fit)
-    if not 1 <= top_k <= min(255, teacher.num_classes):
-        raise ValueError(
-            f"top-k {top_k} is not between 1 and {min(255, teacher.num_classes)}: "
-            f"{teacher.name} has {teacher.num_classes} classes, and a map keeps 255 at most"
-        )
-    if shard_size < 1:
-        raise ValueError(f"shard size {shard_size} is not a number of images, 1 or more")
-    if fit == "native" and teacher.square_only:
-        size = teacher.image_size
-        raise ValueError(
-            f"teacher {teacher.name} takes images of {size}x{size} px alone; give --fit stretch "
-            "(the whole image) or --fit center (its middle)"
-        )
 
 
 def _settings(
@@ -512,6 +324,7 @@ def _settings(
             "mean": list(teacher.mean),
             "std": list(teacher.std),
             "interpolation": teacher.interpolation,
+            **(teacher.space.to_settings() if teacher.space else {}),
         },
         "fit": fit,
         "k": top_k,
@@ -523,6 +336,22 @@ def _settings(
             "listing_sha256": _listing_sha256(source.samples),
         },
     }
+
+
+def _optional_settings(
+    sizes: Sequence[int], mass: float | None, score_bits: int, dictionary: bytes | None
+) -> dict[str, Any]:
+    """Return what also decides the bytes, of what is not as it is by default."""
+    settings: dict[str, Any] = {}
+    if len(sizes) > 1:
+        settings["levels"] = list(sizes)
+    if mass is not None:
+        settings["mass"] = mass
+    if score_bits != 16:
+        settings["score_bits"] = score_bits
+    if dictionary is not None:
+        settings |= to_settings(dictionary)
+    return settings
 
 
 def _listing_sha256(samples: Iterable[Sample]) -> str:
@@ -539,29 +368,33 @@ def _slices(samples: Sequence[Sample], shard_size: int) -> list[Sequence[Sample]
     return [samples[start:stop] for start, stop in zip(cuts, cuts[1:])]
 
 
-def _make_way(out: Path, settings: dict[str, Any], overwrite: bool) -> None:
+def _make_way(out: Location, settings: dict[str, Any], overwrite: bool) -> None:
     """Remove what other settings made, if that is allowed."""
-    for number in slice_numbers(out):
-        record = read_slice(out, number)
-        if record is None or record.settings == settings:
+    there = [(record.number, record.settings) for record in read_slices(out)]
+    there += [(number, head.settings) for number, head in list_partials(out).items()]
+    for number, theirs in there:
+        if theirs == settings:
             continue
         if not overwrite:
             raise ValueError(
-                f"{out} holds labels of another run ({_difference(record.settings, settings)}); "
+                f"{out} holds labels of another run ({_difference(theirs, settings)}); "
                 "give --overwrite to replace them, or another --out"
             )
-        (out / INDEX_NAME).unlink(missing_ok=True)
-        remove_slice(out, number)
+        remove_index(out)
+        remove_slices(out, [number])
+        remove_partial(out, number)
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> dict[int, Slice]:
+def _num_kept(out: Location, settings: dict[str, Any], numbers: Iterable[int]) -> int:
+    """Count the images of unfinished slices of which a stopped run has left the map."""
+    heads = list_partials(out)
+    there = [heads[number] for number in numbers if number in heads]
+    return sum(head.num_maps for head in there if head.settings == settings)
+
+
+def _finished(out: Location, settings: dict[str, Any]) -> dict[int, Slice]:
     """Return the slices whose .json is there and sound; ascending."""
-    records = [read_slice(out, number) for number in slice_numbers(out)]
-    return {
-        record.number: record
-        for record in records
-        if record is not None and record.settings == settings
-    }
+    return {r.number: r for r in read_slices(out) if r.settings == settings}
 
 
 def _difference(theirs: dict[str, Any], ours: dict[str, Any]) -> str:
@@ -589,35 +422,31 @@ def _check_any_labelled(records: Sequence[Slice]) -> None:
 
 
 def _class_names(source: ImageFolder, teacher: Teacher) -> list[str]:
-    if source.num_classes == teacher.num_classes:
+    own = classes_of(source)
+    if own.num == teacher.num_classes and (own.is_known or not teacher.class_names):
         return source.class_names
     return teacher.class_names or [f"class {i}" for i in range(teacher.num_classes)]
 
 
 def _log_plan(source: ImageFolder, teacher: Teacher, settings: dict[str, Any], count: int) -> None:
     _logger.info(
-        "%d images in %s; %s at %d px (%s on %s), fit %s, top %d of %d classes",
+        "%d images in %s; %s at %s px (%s on %s), fit %s, top %d of %d classes",
         len(source.samples),
         "1 slice" if count == 1 else f"{count} slices",
         teacher.name,
-        teacher.image_size,
+        ", ".join(map(str, settings.get("levels", [teacher.image_size]))),
         teacher.precision,
         teacher.device,
         settings["fit"],
         settings["k"],
         teacher.num_classes,
     )
-    if source.num_classes not in (0, teacher.num_classes):
-        _logger.warning(
-            "the teacher has %d classes, %s has %d: the maps speak of the teacher's classes",
-            teacher.num_classes,
-            source.root,
-            source.num_classes,
-        )
 
 
-def _log_share(rank: int, world_size: int, num_own: int, num_todo: int) -> None:
+def _log_share(rank: int, world_size: int, num_own: int, num_todo: int, num_begun: int) -> None:
     if world_size > 1:
         _logger.info("process %d of %d takes %d of the slices", rank + 1, world_size, num_own)
     if num_todo < num_own:
         _logger.info("%d of %d slices are finished already", num_own - num_todo, num_own)
+    if num_begun:
+        _logger.info("%d images of unfinished slices are labelled already", num_begun)

@@ -174,6 +174,7 @@ def sample_targets(
     views: Float[Tensor, "b 2 3"],
     grid: tuple[int, int],
     *,
+    frames: Float[Tensor, "b f 2 3"] | None = None,
     fill: Fill = "residual",
 ) -> TokenTargets:
     """Label every token of each view, and the view itself, from its image's label map.
@@ -188,6 +189,8 @@ def sample_targets(
         maps: Teacher scores on each image's palette, before softmax.
         views: Crop unit square → image unit square.
         grid: Token (rows, cols), e.g. (14, 14) for a 224 px crop at stride 16.
+        frames: Crop unit square → unit squares that the point must lie in, too, to have been seen:
+            a crop that was cut out and then turned shows nothing of the image beyond the cut.
         fill: What stands for classes outside a cell's top-k: the teacher's true remaining mass,
             spread evenly, or logit 0, as the published label sets assume.
 
@@ -197,9 +200,10 @@ def sample_targets(
     # Logits are interpolated, not probabilities: the published recipe's choice, kept so that
     # zero fill reproduces it exactly.
     lower, upper, blend = _levels_of_views(maps, views)
-    sampled = _sample_level(maps, lower, views, grid, fill)
+    seen = _points_seen(frames, grid)
+    sampled = _sample_level(maps, lower, views, grid, fill, seen)
     if maps.grids.shape[1] > 1:
-        sampled = _blend(sampled, _sample_level(maps, upper, views, grid, fill), blend)
+        sampled = _blend(sampled, _sample_level(maps, upper, views, grid, fill, seen), blend)
     tokens, token_background = _softmax(sampled.tokens, sampled.outside[:, None])
     view, view_background = _softmax(sampled.view, sampled.outside)
     half = SAMPLES_PER_SIDE**2 / 2
@@ -257,10 +261,12 @@ def _sample_level(
     views: Float[Tensor, "b 2 3"],
     grid: tuple[int, int],
     fill: Fill,
+    seen: Float32[Tensor, "#b ph pw"],
 ) -> _Sampled:
     """Read one level of each image: mean logits of every token and of the whole view."""
     planes = _expand(maps, level, fill)
     units, inside = _points_on_maps(maps, level, views, grid)
+    inside = inside * seen.to(inside.device)
     # padding_mode is never used: points are already clamped to the outermost cell centres.
     sampled = F.grid_sample(planes, units, mode="bilinear", align_corners=False)
     sums = _sum_per_token(sampled * inside[:, None])
@@ -361,6 +367,19 @@ def _points_on_maps(
     units = on_map * 2 / torch.tensor([mw, mh], device=views.device) - 1
     shape = (len(views), grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
     return units.reshape(*shape, 2), inside.reshape(shape).float()
+
+
+def _points_seen(
+    frames: Float[Tensor, "b f 2 3"] | None, grid: tuple[int, int]
+) -> Float32[Tensor, "#b ph pw"]:
+    """Whether the tokens' points lie in the unit squares of all frames: 1 or 0."""
+    shape = (grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
+    if frames is None:
+        return torch.ones(1, *shape)
+    points = token_points(grid).to(frames.device)
+    places = apply_view(frames.flatten(0, 1).float(), points).unflatten(0, frames.shape[:2])
+    seen = ((places >= -_EDGE) & (places <= 1 + _EDGE)).all(3).all(1)
+    return seen.float().reshape(-1, *shape)
 
 
 def _sum_per_token(values: Float[Tensor, "b v ph pw"]) -> Float[Tensor, "b v n"]:

@@ -114,8 +114,9 @@ def describe(
     masses: list[_Mass] = []
     disagreements: list[Disagreement] = []
     num_compared = 0
-    for key in tqdm(keys, desc="info", unit="map", disable=None if show_progress else True):
-        maps = decode(labels.read(key))
+    bar = tqdm(keys, desc="info", unit="map", disable=None if show_progress else True)
+    for key, data in zip(bar, labels.read_each(keys)):
+        maps = decode(data, dictionary=labels.dictionary)
         first = maps[0]
         grids[tuple(level.grid for level in maps)] += 1
         classes, counts = np.unique(first.classes[0], return_counts=True)

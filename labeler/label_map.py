@@ -175,7 +175,8 @@ def encode(
             k, num_classes and whether they have a log_normalizer.
         score_bits: 16, or 8: scores, and the mass outside the top-k, are rounded to 255 steps
             between the file's extremes.
-        dictionary: A zstd dictionary (train_dictionary); reading needs the same one.
+        dictionary: A zstd dictionary (train_dictionary), used if it makes this map smaller;
+            reading needs the same one.
 
     Raises:
         LabelMapError: If the levels do not belong together.
@@ -203,17 +204,27 @@ def encode(
     head = (MAGIC, VERSION, flags, len(levels), first.k, first.num_classes - 1, palette.size)
     body = b"".join(_LEVEL.pack(*level.grid, *level.window) for level in levels)
     body += b"" if steps is None else _STEPS.pack(*steps)
-    body += _compress(blocks, dictionary)
+    frames = [_compress(blocks, None)]
+    if dictionary is not None:
+        frames.append(_compress(blocks, dictionary))
+    body += min(frames, key=len)
     return _HEADER.pack(*head, _crc(_HEADER.pack(*head, 0), body)) + body
 
 
-def train_dictionary(samples: Sequence[bytes], *, size_bytes: int = 16_384) -> bytes:
+def train_dictionary(
+    samples: Sequence[bytes], *, size_bytes: int = 16_384, dictionary: bytes | None = None
+) -> bytes:
     """Train a zstd dictionary on encoded maps of one set, for encode and decode.
+
+    Args:
+        samples: What encode made.
+        size_bytes: Of the dictionary, at most.
+        dictionary: The one that the samples were encoded with, if any.
 
     Raises:
         LabelMapError: If the samples are too few or too small to train on.
     """
-    decompressor = _decompressor(None)
+    decompressor = _decompressor(dictionary)
     payloads = [_unpack(data, decompressor)[1] for data in samples]
     try:
         trained = zstandard.train_dictionary(
@@ -466,10 +477,23 @@ def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Hea
             allow_extra_data=False,
         )
     except (zstandard.ZstdError, MemoryError) as error:
-        raise LabelMapError(f"the compressed frame cannot be read: {error}") from error
+        raise LabelMapError(_why_unreadable(frame, error)) from error
     if len(payload) != header.payload_bytes:
         raise LabelMapError(f"{len(payload)} bytes unpacked, {header.payload_bytes} expected")
     return header, payload
+
+
+def _why_unreadable(frame: bytes, error: Exception) -> str:
+    try:
+        dict_id = zstandard.get_frame_parameters(frame).dict_id
+    except zstandard.ZstdError:
+        dict_id = 0
+    if not dict_id or "dictionary" not in str(error).lower():
+        return f"the compressed frame cannot be read: {error}"
+    return (
+        f"the compressed frame needs zstd dictionary {dict_id}: give the one that is stored in the "
+        "index.json of the label set, or data set, that the map belongs to"
+    )
 
 
 def _palette(header: _Header, payload: bytes) -> UInt32[np.ndarray, " u"]:

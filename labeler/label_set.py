@@ -1,31 +1,35 @@
-"""Label shards on disk.
+"""Label shards on disk, or behind a URL.
 
-A label set is a folder:
+A label set is a folder, see folder.py:
 
     labels-00000.tar    KEY.tlm for the images of slice 0 that could be labelled, in order of keys
     labels-00000.json   which settings made it, where each key lies, what was left out and why
     labels-00001.tar …
     index.json          the settings, the totals and every shard's checksum; written last
 
-A slice is finished when its .json is there: the tar is renamed into place first. docs/
+A slice is finished when its .json is there: the tar gets its name first. docs/
 label-generation.md shows real entries.
 """
 
-import contextlib
 import hashlib
 import io
 import json
-import os
 import re
-import socket
 import tarfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Int64
+from tqdm import tqdm
+
+from .dictionary import from_settings
+from .folder import REQUESTS_AT_A_TIME, Folder, Location, open_folder, replace_file
+from .storage import local_path
 
 INDEX_NAME = "index.json"
 FORMAT = "tokenlabel-labels"
@@ -35,6 +39,8 @@ VERSION = 1
 _SLICE_FILE = re.compile(r"labels-(\d{5,})\.(tar|json)")
 _PART_FILE = re.compile(r"\.(labels-\d{5,}\.(tar|json)|index\.json)\..+\.part")
 _CHECKSUM = "checksum"
+_DICTIONARY = "dictionary_sha256"
+_TARS_AT_A_TIME = 4  # each is read as fast as a connection allows, and held in memory
 _AGAIN = "run the same tl-label generate again, it mends what is damaged"
 
 
@@ -68,7 +74,7 @@ def json_name(number: int) -> str:
 
 
 def write_slice(
-    folder: Path,
+    location: Location,
     number: int,
     maps: Iterable[tuple[str, bytes]],
     *,
@@ -79,7 +85,7 @@ def write_slice(
     """Write a slice's tar, then its .json; each appears whole or not at all.
 
     Args:
-        folder: The label set.
+        location: Of the label set.
         number: Of the slice.
         maps: Key and label map bytes, in the order of the tar.
         settings: See Slice.
@@ -96,39 +102,53 @@ def write_slice(
         bytes=len(tar),
         sha256=hashlib.sha256(tar).hexdigest(),
     )
-    _replace(folder / tar_name(number), tar)
-    _replace(folder / json_name(number), _slice_json(record))
+    folder = open_folder(location)
+    folder.write(tar_name(number), tar)
+    folder.write(json_name(number), _slice_json(record))
     return record
 
 
-def read_slice(folder: Path, number: int) -> Slice | None:
+def read_slice(location: Location, number: int) -> Slice | None:
     """Read what a slice's .json says, without a look into the tar; None if it is no good."""
-    try:
-        return _parse_slice((folder / json_name(number)).read_bytes(), number)
-    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):
-        return None
+    return _read_slice(open_folder(location), number)
 
 
-def is_whole(folder: Path, record: Slice) -> bool:
+def read_slices(location: Location) -> list[Slice]:
+    """Read the .json of every slice of which there is a sound one, ascending."""
+    folder = open_folder(location)
+    matches = [_SLICE_FILE.fullmatch(name) for name in folder.files()]
+    numbers = sorted(int(match[1]) for match in matches if match and match[2] == "json")
+    return [record for record in _read_each(folder, numbers) if record is not None]
+
+
+def is_whole(location: Location, record: Slice) -> bool:
     """Tell whether a slice's tar has the bytes that were written."""
-    path = folder / tar_name(record.number)
-    return path.is_file() and path.stat().st_size == record.bytes and _sha256(path) == record.sha256
+    try:
+        return open_folder(location).sha256(tar_name(record.number)) == record.sha256
+    except FileNotFoundError:
+        return False
 
 
-def slice_numbers(folder: Path) -> list[int]:
-    """Return the numbers of all slices of which there is a .json, ascending."""
-    matches = [_SLICE_FILE.fullmatch(path.name) for path in folder.iterdir()]
-    return sorted(int(match[1]) for match in matches if match and match[2] == "json")
+def remove_slices(location: Location, numbers: Iterable[int]) -> None:
+    """Remove slices, as far as they are there.
+
+    The .json of each goes first, so that a half removed one is not taken for whole.
+    """
+    folder = open_folder(location)
+    there = set(folder.files())
+    for number in numbers:
+        for name in (json_name(number), tar_name(number)):
+            if name in there:
+                folder.remove(name)
 
 
-def remove_slice(folder: Path, number: int) -> None:
-    """Remove a slice; its .json goes first, so that a half removed one is not taken for whole."""
-    (folder / json_name(number)).unlink(missing_ok=True)
-    (folder / tar_name(number)).unlink(missing_ok=True)
+def remove_index(location: Location) -> None:
+    """Remove index.json, if it is there: from now on the set is an unfinished one."""
+    open_folder(location).remove(INDEX_NAME)
 
 
 def write_index(
-    folder: Path,
+    location: Location,
     slices: Sequence[Slice],
     *,
     settings: dict[str, Any],
@@ -152,12 +172,13 @@ def write_index(
             for record in slices
         ],
     }
-    _replace(folder / INDEX_NAME, _seal(index))
-    for path in folder.iterdir():
-        match = _SLICE_FILE.fullmatch(path.name)
+    folder = open_folder(location)
+    folder.write(INDEX_NAME, _seal(index))
+    for name in folder.files():
+        match = _SLICE_FILE.fullmatch(name)
         surplus = match is not None and int(match[1]) >= len(slices)
-        if surplus or _PART_FILE.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+        if surplus or _PART_FILE.fullmatch(name):
+            folder.remove(name)
 
 
 def totals(slices: Sequence[Slice]) -> dict[str, Any]:
@@ -174,18 +195,63 @@ def totals(slices: Sequence[Slice]) -> dict[str, Any]:
     }
 
 
-def read_index(folder: Path) -> dict[str, Any]:
+def check_output(location: Location) -> None:
+    """Make a folder for a label set, and check that it does not belong to something else.
+
+    Raises:
+        OSError: If it cannot be made or is a file.
+        ValueError: If it holds a data set, or is a URL that nothing can be written to.
+    """
+    folder = open_folder(location)
+    folder.make()
+    try:
+        data = folder.read(INDEX_NAME)
+    except FileNotFoundError:
+        return
+    try:
+        kind = json.loads(data)["format"]
+    except (ValueError, KeyError, TypeError):
+        return
+    if kind != FORMAT:
+        raise ValueError(f"{folder} holds {kind!r} already; give --out a folder of its own")
+
+
+def in_words(settings: Mapping[str, Any]) -> str:
+    """Describe in a line how the maps of a set were made.
+
+    Args:
+        settings: What index.json says, or a data set's copy of it.
+    """
+    teacher = settings.get("teacher", {})
+    sizes = settings.get("levels") or [teacher.get("image_size")]
+    mass = f" (up to {settings['mass']:.4g} of the mass)" if "mass" in settings else ""
+    dictionary = from_settings(settings)
+    facts = [
+        teacher.get("name", "unknown teacher"),
+        f"{settings['fit']} fit",
+        f"at {' + '.join(map(str, sizes))} px" if sizes[0] else "",
+        f"top {settings['k']}{mass}",
+        f"{settings.get('score_bits', 16)}-bit scores",
+        "" if dictionary is None else f"a dictionary of {len(dictionary):,} bytes",
+    ]
+    return ", ".join(filter(None, facts))
+
+
+def read_index(location: Location) -> dict[str, Any]:
     """Read index.json and check that it is a label set's.
 
     Raises:
         FileNotFoundError: If there is none: no label set, or one that is not finished.
         ValueError: If it is damaged, of another kind or version, or names files elsewhere.
     """
-    path = folder / INDEX_NAME
+    folder = open_folder(location)
+    path = folder.name(INDEX_NAME)
     try:
-        index = json.loads(path.read_bytes())
+        data = folder.read(INDEX_NAME)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(_why_no_index(folder)) from error
+    try:
+        index = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); {_AGAIN}") from error
     kind = index.get("format") if isinstance(index, dict) else None
@@ -208,37 +274,46 @@ def read_index(folder: Path) -> dict[str, Any]:
 class LabelSet:
     """A finished label set, read by key. May be shared between threads and sent to processes."""
 
-    folder: Path
+    folder: Location
     index: dict[str, Any] = field(repr=False)
     """index.json: teacher, fit, k, num_classes, source, totals, shards."""
     keys: list[str] = field(repr=False)
     """Of all labelled images, in the order of the source."""
+    dictionary: bytes | None = field(repr=False)
+    """What label_map.decode needs beside the bytes of a map; None in sets without."""
     _positions: dict[str, int] = field(repr=False)
     _places: Int64[np.ndarray, "n 3"] = field(repr=False)
     """Shard, offset and size of each key's map."""
 
     @classmethod
-    def open(cls, folder: Path) -> "LabelSet":
+    def open(cls, location: Location) -> "LabelSet":
         """Open a label set, checking that its files are there and have their sizes.
+
+        Args:
+            location: A folder, or a URL of one as a str.
 
         Raises:
             FileNotFoundError: If there is no index: no label set, or one that is not finished.
+            OSError: If the storage fails.
             ValueError: If the index or a shard is damaged or missing.
         """
-        index = read_index(folder)
+        index = read_index(location)
+        folder = open_folder(location)
+        sizes = folder.sizes([shard["name"] for shard in index["shards"]])
+        records = _read_each(folder, range(len(index["shards"])))
         keys, places = [], []
-        for number, shard in enumerate(index["shards"]):
-            record = _read_shard(folder, number, shard)
-            keys += record.samples
-            places += [(number, offset, size) for offset, size in record.samples.values()]
+        for number, (shard, record) in enumerate(zip(index["shards"], records)):
+            samples = _checked(folder, number, index, sizes.get(shard["name"]), record).samples
+            keys += samples
+            places += [(number, offset, size) for offset, size in samples.values()]
         positions = {key: position for position, key in enumerate(keys)}
         table = np.array(places, np.int64).reshape(-1, 3)
         if not len(positions) == len(keys) == index["num_labelled"]:
             raise ValueError(
-                f"{folder / INDEX_NAME} counts {index['num_labelled']} label maps, its shards hold "
-                f"{len(keys)} ({len(positions)} different); {_AGAIN}"
+                f"{folder.name(INDEX_NAME)} counts {index['num_labelled']} label maps, its shards "
+                f"hold {len(keys)} ({len(positions)} different); {_AGAIN}"
             )
-        return cls(folder, index, keys, positions, table)
+        return cls(location, index, keys, from_settings(index), positions, table)
 
     @property
     def num_classes(self) -> int:
@@ -260,6 +335,11 @@ class LabelSet:
         """Key of each image without a map → why."""
         return self.index["quarantined"]
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether it lies behind a URL, and every read is a request."""
+        return local_path(str(self.folder)) is None
+
     def __len__(self) -> int:
         return len(self.keys)
 
@@ -274,13 +354,46 @@ class LabelSet:
             ValueError: If the shard is shorter than it was.
         """
         number, offset, size = (int(x) for x in self._places[self._positions[key]])
-        path = self.folder / tar_name(number)
-        with path.open("rb") as file:
-            file.seek(offset)
-            data = file.read(size)
+        folder = open_folder(self.folder)
+        data = folder.read_at(tar_name(number), offset, size)
         if len(data) != size:
-            raise ValueError(f"{path} ends before the label map of {key}; {_AGAIN}")
+            raise ValueError(
+                f"{folder.name(tar_name(number))} ends before the label map of {key}; {_AGAIN}"
+            )
         return data
+
+    def read_each(self, keys: Sequence[str]) -> Iterator[bytes]:
+        """Read several label maps, in order; behind a URL many at a time. Raises as read."""
+        if not self.is_remote:
+            yield from map(self.read, keys)
+            return
+        ahead = 4 * REQUESTS_AT_A_TIME
+        with ThreadPoolExecutor(REQUESTS_AT_A_TIME, "read") as pool:
+            for start in range(0, len(keys), ahead):
+                yield from pool.map(self.read, keys[start : start + ahead])
+
+    def copy_to(self, folder: Path) -> "LabelSet":
+        """Copy the maps into a folder on this machine, and return them as they lie there.
+
+        Whole tars are read: for most of a set behind a URL that takes minutes where a request
+        for each map takes hours. The folder does not become a label set.
+
+        Raises:
+            OSError: If the storage fails.
+            ValueError: If a tar is not what was written; names it.
+        """
+
+        def copy(shard: Mapping[str, Any]) -> None:
+            data = theirs.read(shard["name"])
+            self._check(shard, hashlib.sha256(data).hexdigest())
+            replace_file(folder / shard["name"], data)
+
+        theirs, shards = open_folder(self.folder), self.index["shards"]
+        with ThreadPoolExecutor(_TARS_AT_A_TIME, "copy") as pool:
+            copied = pool.map(copy, shards)
+            for _ in tqdm(copied, "fetch labels", len(shards), disable=None, unit="shard"):
+                pass
+        return replace(self, folder=folder)
 
     def verify(self) -> None:
         """Compare every shard with its checksum.
@@ -288,26 +401,54 @@ class LabelSet:
         Raises:
             ValueError: If one has changed; names it.
         """
+        folder = open_folder(self.folder)
         for shard in self.index["shards"]:
-            path = self.folder / shard["name"]
-            if _sha256(path) != shard["sha256"]:
-                raise ValueError(
-                    f"{path} is not what was written, its checksum does not fit; {_AGAIN}"
-                )
+            self._check(shard, folder.sha256(shard["name"]))
+
+    def _check(self, shard: Mapping[str, Any], sha256: str) -> None:
+        if sha256 != shard["sha256"]:
+            path = open_folder(self.folder).name(shard["name"])
+            raise ValueError(f"{path} is not what was written, its checksum does not fit; {_AGAIN}")
 
 
-def _read_shard(folder: Path, number: int, shard: Mapping[str, Any]) -> Slice:
-    tar = folder / shard["name"]
-    if not tar.is_file():
+def _checked(
+    folder: Folder,
+    number: int,
+    index: Mapping[str, Any],
+    num_bytes: int | None,
+    found: Slice | None,
+) -> Slice:
+    """Return what was found of a slice, if it is what the index says."""
+    shard = index["shards"][number]
+    tar = folder.name(shard["name"])
+    if num_bytes is None:
         raise ValueError(f"{tar} is missing, though the index names it; {_AGAIN}")
-    if tar.stat().st_size != shard["bytes"]:
+    if num_bytes != shard["bytes"]:
+        raise ValueError(f"{tar} has {num_bytes} bytes, {shard['bytes']} were written; {_AGAIN}")
+    if found is None or found.sha256 != shard["sha256"]:
+        raise ValueError(f"{folder.name(json_name(number))} is missing or damaged; {_AGAIN}")
+    if found.settings.get(_DICTIONARY) != index.get(_DICTIONARY):
         raise ValueError(
-            f"{tar} has {tar.stat().st_size} bytes, {shard['bytes']} were written; {_AGAIN}"
+            f"{folder.name(json_name(number))} is of maps with another dictionary than "
+            f"{INDEX_NAME}; {_AGAIN}"
         )
-    record = read_slice(folder, number)
-    if record is None or record.sha256 != shard["sha256"]:
-        raise ValueError(f"{folder / json_name(number)} is missing or damaged; {_AGAIN}")
-    return record
+    return found
+
+
+def _read_slice(folder: Folder, number: int) -> Slice | None:
+    try:
+        data = folder.read(json_name(number))
+    except FileNotFoundError:
+        return None
+    try:
+        return _parse_slice(data, number)
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _read_each(folder: Folder, numbers: Iterable[int]) -> Iterator[Slice | None]:
+    with ThreadPoolExecutor(REQUESTS_AT_A_TIME, "read") as pool:
+        yield from pool.map(partial(_read_slice, folder), numbers)
 
 
 def _index_problem(index: Mapping[str, Any]) -> str | None:
@@ -333,10 +474,10 @@ def _index_problem(index: Mapping[str, Any]) -> str | None:
     return None if _checksum_fits(index) else "its checksum does not fit"
 
 
-def _why_no_index(folder: Path) -> str:
-    if not folder.is_dir():
+def _why_no_index(folder: Folder) -> str:
+    if not folder.exists():
         return f"label folder {folder} does not exist"
-    if any(_SLICE_FILE.fullmatch(path.name) for path in folder.iterdir()):
+    if any(_SLICE_FILE.fullmatch(name) for name in folder.files()):
         return (
             f"{folder} has no {INDEX_NAME}: labelling is still going on or was broken off; run the "
             "same tl-label generate again, it goes on where it stopped"
@@ -425,29 +566,3 @@ def _to_lines(value: Any) -> str:
 
 def _dumps(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file under a temporary name, flush it to the disk, rename it."""
-    # The name is this process's own: two that write one slice by mistake do not mix their bytes.
-    part = path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        raise OSError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    descriptor = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

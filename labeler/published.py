@@ -30,16 +30,16 @@ from tqdm import tqdm
 
 from . import archives
 from .fit import place
-from .generate import check_output
+from .folder import Location
 from .geometry import SAMPLES_PER_SIDE, Fill
 from .images import BadImage
 from .label_map import LabelMap, LabelMapError, decode, encode
 from .label_set import (
     LabelSet,
     Slice,
+    check_output,
     is_whole,
-    read_slice,
-    slice_numbers,
+    read_slices,
     totals,
     write_index,
     write_slice,
@@ -264,7 +264,7 @@ class ImportSummary:
 
 def import_set(
     files: PublishedFiles,
-    out: Path,
+    out: Location,
     *,
     kind: str,
     axes: str,
@@ -442,17 +442,14 @@ def _first_k(files: PublishedFiles, entries: Sequence[_Entry], kind: str) -> int
     raise ValueError(f"no usable file among the first {_NUM_TRIED} of {files.location}: {problem}")
 
 
-def _finished(out: Path, settings: dict[str, Any]) -> dict[int, Slice]:
+def _finished(out: Location, settings: dict[str, Any]) -> dict[int, Slice]:
     """Return the slices that an earlier import of the same files has finished."""
     finished = {}
-    for number in slice_numbers(out):
-        record = read_slice(out, number)
-        if record is None:
-            continue
+    for record in read_slices(out):
         if record.settings != settings:
             raise ValueError(f"{out} holds other labels already; remove it or give another --out")
         if is_whole(out, record):
-            finished[number] = record
+            finished[record.number] = record
     return finished
 
 
@@ -578,8 +575,8 @@ def export_set(
         (part / folder).mkdir(parents=True, exist_ok=True)
     counts: Counter[str] = Counter()
     bar = tqdm(labels.keys, desc="export", unit="img", disable=None if show_progress else True)
-    for key in bar:
-        label_map, *others = decode(labels.read(key))
+    for key, data in zip(bar, labels.read_each(labels.keys)):
+        label_map, *others = decode(data, dictionary=labels.dictionary)
         known = label_map.log_normalizer is not None
         fill = fill or ("residual" if known else "zero")
         if fill == "residual" and not known:

@@ -77,7 +77,8 @@ def draw_sheets(
         sample = samples[key]
         folder = None if sample.class_index is None else source.class_names[sample.class_index]
         try:
-            image, maps = load_image(source.read(sample)), decode(labels.read(key))
+            image = load_image(source.read(sample))
+            maps = decode(labels.read(key), dictionary=labels.dictionary)
         except (BadImage, LabelMapError) as error:
             raise ValueError(f"{key}: {error}") from error
         sheets[key] = draw_sheet(

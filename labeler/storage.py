@@ -1,13 +1,14 @@
-"""Bytes of local files and of URLs, read in ranges.
+"""Bytes of local files and of URLs: read in ranges or whole, and behind URLs also written.
 
 Local files are read with pread, http(s) by the standard library, every other URL by fsspec (s3://
 needs s3fs, gs:// gcsfs, hf:// comes with timm). Nothing stays open between two reads, so that any
-number of threads and forked processes may read at once.
+number of threads and forked processes may read at once. folder.py writes local files.
 """
 
 import atexit
 import glob
 import http.client
+import io
 import logging
 import os
 import re
@@ -17,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -28,6 +29,7 @@ RETRY_SECS = (1.0, 2.0, 4.0, 8.0)
 """Waits between the attempts to read from a URL."""
 
 _HTTP = ("http://", "https://")
+_LOCAL = ("file://", "local://")
 _TIMEOUT_SECS = 60
 _COPY_BYTES = 1 << 20
 _BRACES = re.compile(r"\{([^{}]*)\}")
@@ -127,6 +129,11 @@ def is_url(location: str) -> bool:
     return "://" in location
 
 
+def is_web(location: str) -> bool:
+    """Tell whether a location is on a web server, which neither lists files nor takes them."""
+    return location.startswith(_HTTP)
+
+
 def is_pattern(location: str) -> bool:
     """Tell whether a location stands for several files: braces, or *, ? and [] as in a shell."""
     if is_url(location):
@@ -158,7 +165,7 @@ def open_ranges(location: str) -> Iterator[RangeFile]:
         ValueError: If the kind of URL is unknown or its package is not installed.
         NoRanges: On the first use of the file, see with_ranges.
     """
-    if location.startswith(_HTTP):
+    if is_web(location):
         yield HttpFile(location)
     elif is_url(location):
         yield FsspecFile(location)
@@ -187,11 +194,87 @@ def with_ranges(location: str) -> str:
     return location
 
 
+def local_path(location: str) -> Path | None:
+    """Return the path behind a local location, which a file:// URL is too; None elsewhere."""
+    if not is_url(location):
+        return Path(location)
+    if location.startswith(_LOCAL):
+        return Path(_file_system(location)[1])
+    return None
+
+
+def read_all(url: str) -> bytes:
+    """Read the whole of what a URL names, in one request.
+
+    Raises:
+        OSError: If it is not there or cannot be read, also after several attempts.
+        ValueError: If the kind of URL is unknown or its package is not installed.
+    """
+    if is_web(url):
+        return _retrying(url, lambda: _get_all(url))
+    file_system, path = _file_system(url)
+    data = _retrying(url, lambda: file_system.cat_file(path))
+    assert isinstance(data, bytes)
+    return data
+
+
+def write_all(url: str, data: bytes) -> None:
+    """Replace what a URL names, in one request: object stores show the old or the new, whole.
+
+    Raises:
+        OSError: If it cannot be written, also after several attempts.
+        ValueError: As read_all, or if it is on a web server.
+    """
+    file_system, path = _store(url)
+    _retrying(url, lambda: file_system.pipe_file(path, data), verb="write")
+
+
+def remove(url: str) -> None:
+    """Remove what a URL names, if it is there. Raises as write_all."""
+    file_system, path = _store(url)
+    with suppress(FileNotFoundError):
+        _retrying(url, lambda: file_system.rm_file(path), verb="remove")
+
+
+def list_files(url: str) -> dict[str, int]:
+    """Return names and sizes, bytes, of the files right below a URL; none if it is not there.
+
+    Raises:
+        OSError: If it cannot be listed, also after several attempts.
+        ValueError: As read_all, or if it is on a web server, which lists nothing.
+    """
+    file_system, path = _store(url)
+
+    def entries() -> list[dict[str, Any]]:
+        file_system.invalidate_cache(path)  # others write there too
+        try:
+            return file_system.ls(path, detail=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+
+    return {
+        name: entry["size"]
+        for entry in _retrying(url, entries, verb="list")
+        for folder, _, name in [entry["name"].rpartition("/")]
+        if entry["type"] == "file" and folder.strip("/") == path.strip("/")
+    }
+
+
 def _file_system(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     try:
         return fsspec.url_to_fs(url)
     except (ImportError, ValueError) as error:
         raise ValueError(f"{url} cannot be opened: {error}") from error
+
+
+def _store(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the file system of a URL that is to be written or listed."""
+    if is_web(url):
+        raise ValueError(
+            f"{url} lies on a web server, which neither takes nor lists files; give a local "
+            "folder, or the URL of a store like s3://BUCKET/FOLDER"
+        )
+    return _file_system(url)
 
 
 def _urlopen(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
@@ -207,21 +290,21 @@ def _urlopen(url: str, headers: dict[str, str]) -> http.client.HTTPResponse:
         raise
 
 
-def _retrying(url: str, read: Callable[[], _Result]) -> _Result:
-    """Read from a URL; networks and servers fail for moments, and jobs last for hours."""
+def _retrying(url: str, call: Callable[[], _Result], *, verb: str = "read") -> _Result:
+    """Read or write a URL; networks and servers fail for moments, and jobs last for hours."""
     for wait_secs in (*RETRY_SECS, None):
         try:
-            return read()
+            return call()
         except NoRanges:
             raise
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{url} does not exist: {error}") from error
         except PermissionError as error:
-            raise PermissionError(f"{url} may not be read: {error}") from error
+            raise PermissionError(f"no permission to {verb} {url}: {error}") from error
         except Exception as error:  # every kind of storage has exceptions of its own
             reason = " ".join(str(error).split()) or type(error).__name__
             if wait_secs is None:
-                raise OSError(f"cannot read {url}: {reason}") from error
+                raise OSError(f"cannot {verb} {url}: {reason}") from error
             _logger.info("%s: %s; next attempt in %.0f s", url, reason, wait_secs)
             time.sleep(wait_secs)
     raise AssertionError("the last attempt returns or raises")
@@ -231,7 +314,7 @@ def _copy(url: str) -> str:
     """Read a URL from beginning to end into a local file, and return its path."""
     with tempfile.NamedTemporaryFile(dir=_copies_folder(), suffix=".tar", delete=False) as file:
         try:
-            if url.startswith(_HTTP):
+            if is_web(url):
                 _download(url, file)
             else:
                 file_system, path = _file_system(url)
@@ -244,7 +327,13 @@ def _copy(url: str) -> str:
     return file.name
 
 
-def _download(url: str, file: IO[bytes]) -> None:
+def _get_all(url: str) -> bytes:
+    file = io.BytesIO()
+    _download(url, file)
+    return file.getvalue()
+
+
+def _download(url: str, file: IO[bytes] | io.BytesIO) -> None:
     with _urlopen(url, {}) as response:
         shutil.copyfileobj(response, file, _COPY_BYTES)
         num_bytes = response.headers.get("Content-Length")
@@ -293,7 +382,7 @@ def _glob(pattern: str) -> list[str]:
         return sorted(glob.glob(pattern)) if is_pattern(pattern) else [pattern]  # noqa: PTH207
     if "*" not in pattern:
         return [pattern]
-    if pattern.startswith(_HTTP):
+    if is_web(pattern):
         raise ValueError(
             f"a web server does not list its files, so {pattern} cannot be resolved; number the "
             "files in braces, e.g. train-{000000..000012}.tar"

@@ -19,8 +19,9 @@ import difflib
 import hashlib
 import logging
 import pickle
+import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,16 +42,22 @@ from timm.layers.std_conv import (
 )
 from torch import Tensor, nn
 
+from .classes import ClassList, LabelSpace, Reduction
+
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 
 _logger = logging.getLogger(__name__)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Where training scripts put the weights, best first: the averaged ones are those people report.
 _NESTS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_OWN_FORMAT = "tokenlabel-checkpoint"  # of trainer/checkpoint.py, a later stage
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _NUM_SHOWN = 5
+_MAX_LOGITS = 1 << 26  # 256 MB: of all classes, where only some are wanted
 
 Layout = Literal["nchw", "nhwc", "tokens"]
+WeightsKind = Literal["ema", "raw", "published"]
+"""Averaged or raw weights of tl-train, or those of another program's file."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -79,11 +86,36 @@ class Teacher:
     """How the model's training images were resized: bicubic, bilinear, …"""
     weights_sha256: str
     """Over names, shapes and values of the weights, however they were stored."""
+    class_ids: list[str] | None = field(repr=False)
+    """wnids, or the names of the folders it learnt from. Ids and names are known for ImageNet and
+    its kin, and where the weights bring them along."""
     class_names: list[str] | None = field(repr=False)
-    """Known for ImageNet and its kin, and where the weights bring names along."""
+    """What people read."""
+    space: LabelSpace | None = field(default=None, repr=False)
+    """What its classes were made of, if not all of the model's own in their order were wanted."""
     # On the device already: making them anew would wait for the batch before.
     _mean: Float[Tensor, "3 1 1"] = field(repr=False)
     _std: Float[Tensor, "3 1 1"] = field(repr=False)
+    _reduction: Reduction | None = field(default=None, repr=False)
+
+    @property
+    def classes(self) -> ClassList:
+        """The classes of its logits."""
+        return ClassList(self.name, self.num_classes, self.class_ids, self.class_names)
+
+    def in_space(self, space: LabelSpace | None) -> "Teacher":
+        """Return a teacher whose logits are those of a label space; itself if that is None."""
+        if space is None:
+            return self
+        assert self.space is None and space.num_teacher_classes == self.num_classes
+        return replace(
+            self,
+            num_classes=space.num_classes,
+            class_ids=None if space.ids is None else list(space.ids),
+            class_names=None if space.names is None else list(space.names),
+            space=space,
+            _reduction=None if space.is_unchanged else Reduction(space, self.device),
+        )
 
     def dense(
         self, images: UInt8[Tensor, "b 3 h w"] | Float[Tensor, "b 3 h w"]
@@ -113,11 +145,19 @@ class Teacher:
     @torch.inference_mode()
     def classify(self, cells: Float[Tensor, "b rows cols d"]) -> Float[Tensor, "b rows cols c"]:
         """Apply the classifier to each cell's features."""
-        # In fp32 always: bf16 logits around 12 would come in steps of 1/16.
-        flat = cells.float().flatten(0, 2)
-        inputs = _as_images(flat, self.layout, _num_prefix_tokens(self.model))
-        logits = self.model.forward_head(inputs)  # pyright: ignore[reportCallIssue]: timm's API
+        flat = cells.flatten(0, 2)
+        if self._reduction is None or self.space is None:
+            logits = self._head(flat)
+        else:
+            # The caller knows how many logits come out, not how many there are on the way.
+            pieces = flat.split(max(1, _MAX_LOGITS // self.space.num_teacher_classes))
+            logits = torch.cat([self._reduction(self._head(piece)) for piece in pieces])
         return logits.reshape(*cells.shape[:3], -1)
+
+    def _head(self, cells: Float[Tensor, "n d"]) -> Float[Tensor, "n c"]:
+        # In fp32 always: bf16 logits around 12 would come in steps of 1/16.
+        inputs = _as_images(cells.float(), self.layout, _num_prefix_tokens(self.model))
+        return self.model.forward_head(inputs)  # pyright: ignore[reportCallIssue]: timm's API
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         if self.precision == "fp32":
@@ -154,12 +194,110 @@ def load_teacher(
     if checkpoint is None:
         model = _pretrained(name, image_size)
     else:
-        weights = read_checkpoint(checkpoint)
-        model = _create(name, image_size, num_classes=_num_classes(name, weights))
-        _load(model, weights, checkpoint)
+        model = load_timm(name, checkpoint=checkpoint, image_size=image_size).model
     return as_teacher(
         model, name=name, image_size=image_size, device=torch_device, precision=precision
     )
+
+
+def classes_of_teacher(name: str, *, checkpoint: Path | None = None) -> ClassList:
+    """Return the classes of a teacher, without the weights of timm's.
+
+    Args:
+        name: See load_teacher.
+        checkpoint: See load_teacher.
+
+    Raises:
+        ValueError: If the model or its classes are unknown, or the checkpoint does not fit it.
+        OSError: If the checkpoint cannot be read.
+    """
+    _check_name(name)
+    if checkpoint is None:
+        found = timm.get_pretrained_cfg(name)
+        config = found.to_dict() if found is not None else {}
+        num_classes = config.get("num_classes", 0)
+    else:
+        loaded = load_timm(name, checkpoint=checkpoint)
+        config, num_classes = _config_of(loaded.model), loaded.num_classes
+    if not num_classes:
+        raise ValueError(f"teacher {name} has no classifier in timm; choose another weights tag")
+    ids, names = _classes(config, num_classes) or (None, None)
+    return ClassList(name, num_classes, ids, names)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimmModel:
+    """A timm model with the weights of a checkpoint, on the CPU."""
+
+    model: nn.Module
+    """Its pretrained_cfg says what the weights want to see, also where tl-train made them."""
+    num_classes: int
+    weights: WeightsKind
+    class_ids: list[str] | None
+    """What the checkpoint says its classes are, in order; None in files of other programs."""
+    class_names: list[str] | None
+    """What people read, one per class id."""
+
+
+def load_timm(
+    name: str, *, checkpoint: Path, image_size: int | None = None, ema: bool | None = None
+) -> TimmModel:
+    """Build a timm model and fill it with the weights of a checkpoint.
+
+    Args:
+        name: A timm model name, with or without a weights tag.
+        checkpoint: See load_teacher.
+        image_size: Side of the images it will see, px, for models that are built for one size.
+        ema: See read_weights.
+
+    Raises:
+        ValueError: If the model is unknown, or the weights do not fit it; names what does not.
+        OSError: If the checkpoint cannot be read.
+    """
+    _check_name(name)
+    weights = read_weights(checkpoint, ema=ema)
+    if weights.trained_as not in (None, name.partition(".")[0]):
+        raise ValueError(
+            f"checkpoint {checkpoint} was trained as {weights.trained_as}, not as {name}"
+        )
+    model = create_timm(
+        name,
+        image_size=image_size,
+        num_classes=_num_classes(name, weights.tensors),
+        **weights.options,
+    )
+    tensors = weights.tensors
+    if weights.trained_as is not None:
+        tensors = _without_dense_head(tensors, model, checkpoint)
+    _load(model, tensors, checkpoint)
+    return TimmModel(
+        model=model,
+        num_classes=int(model.num_classes),  # pyright: ignore[reportArgumentType]: timm's API
+        weights=weights.kind,
+        class_ids=weights.class_ids,
+        class_names=weights.class_names,
+    )
+
+
+def create_timm(name: str, *, image_size: int | None = None, **options: Any) -> nn.Module:
+    """Build a timm model so that it takes other image sizes than its own, where timm can do that.
+
+    Args:
+        name: A timm model name.
+        image_size: Side of the images, px, for models that are built for one size.
+        options: For timm.create_model.
+    """
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not config.fixed_input_size:
+        return timm.create_model(name, **options)
+    flexible: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
+    if image_size is not None:
+        flexible.append({"img_size": image_size})
+    for flexibility in flexible:
+        # A model that does not know the option refuses it before any weight is made.
+        with contextlib.suppress(TypeError):
+            return timm.create_model(name, **flexibility, **options)
+    return timm.create_model(name, **options)
 
 
 def as_teacher(
@@ -192,6 +330,7 @@ def as_teacher(
     stride = int(model.feature_info[-1]["reduction"])  # pyright: ignore
     size = round_to_stride(image_size or config["input_size"][-1], stride)
     layout, num_classes = _probe(model, name, size, stride, device)
+    class_ids, class_names = _classes(_config_of(model), num_classes) or (None, None)
     return Teacher(
         name=name,
         model=model,
@@ -206,7 +345,8 @@ def as_teacher(
         std=config["std"],
         interpolation=config["interpolation"],
         weights_sha256=weights_sha256,
-        class_names=_class_names(model, num_classes),
+        class_ids=class_ids,
+        class_names=class_names,
         _mean=torch.tensor(config["mean"], device=device).view(3, 1, 1),
         _std=torch.tensor(config["std"], device=device).view(3, 1, 1),
     )
@@ -235,10 +375,44 @@ def resolve_device(device: str) -> torch.device:
         ) from error
 
 
-def read_checkpoint(path: Path) -> dict[str, Tensor]:
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """The weights of a checkpoint file, and what it says about them."""
+
+    tensors: dict[str, Tensor] = field(repr=False)
+    kind: WeightsKind
+    trained_as: str | None = None
+    """Name of the model; this and the rest are known of tl-train's own files alone."""
+    class_ids: list[str] | None = None
+    class_names: list[str] | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    """For timm.create_model: what the model was made with, and in pretrained_cfg_overlay its image
+    size, normalisation and class names."""
+
+
+def read_weights(path: Path, *, ema: bool | None = None) -> Weights:
     """Read the weights of a checkpoint file; code in it is never run.
 
-    Nested dicts are opened (EMA weights first), prefixes of wrappers taken off.
+    Nested dicts are opened, prefixes of wrappers taken off.
+
+    Args:
+        path: Of tl-train, or of another program.
+        ema: Whether averaged weights are taken where a file of tl-train has both; left out: those
+            that were better when the file was saved as the best, otherwise the averaged ones.
+            Of other programs' files the averaged ones are taken.
+
+    Raises:
+        OSError: If the file cannot be read.
+        ValueError: If it is damaged, or holds more than tensors and plain values.
+    """
+    content = _read_file(path)
+    if isinstance(content, Mapping) and content.get("format") == _OWN_FORMAT:
+        return _own_weights(content, path, ema)
+    return Weights(tensors=_unwrap(content, path), kind="published")
+
+
+def _read_file(path: Path) -> Any:
+    """Read what torch.save or safetensors wrote.
 
     Raises:
         OSError: If the file cannot be read.
@@ -265,7 +439,54 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # torch's readers raise anything on damaged bytes
         raise ValueError(f"checkpoint {path} is damaged: {_first_line(error)}") from error
-    return _unwrap(content, path)
+    return content
+
+
+def _own_weights(content: Mapping[str, Any], path: Path, ema: bool | None) -> Weights:
+    try:
+        recipe = tomllib.loads(content["recipe"])
+        if ema is None:
+            best = content["best"]
+            ema = not best or best["step"] != content["step"] or best["weights"] == "ema"
+        kind = "ema" if ema and content["ema"] else "raw"
+        tensors, ids, names = content[{"ema": "ema", "raw": "model"}[kind]], *_names(content)
+        step, trained_as = content["step"], recipe["model"]["name"].partition(".")[0]
+        options, config = recipe["model"].get("kwargs", {}), _config(recipe, ids, names)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"checkpoint {path} lacks what tl-train writes: {error}") from error
+    word = {"ema": "averaged", "raw": "raw"}[kind]
+    _logger.info("%s: taking the %s weights of step %d of %s", path, word, step, trained_as)
+    return Weights(
+        tensors=_unwrap(tensors, path),
+        kind=kind,
+        trained_as=trained_as,
+        class_ids=ids,
+        class_names=names,
+        options={**options, "pretrained_cfg_overlay": config},
+    )
+
+
+def _names(content: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    return list(content["class_ids"]), list(content["class_names"])
+
+
+def _config(recipe: Mapping[str, Any], ids: list[str], names: list[str]) -> dict[str, Any]:
+    """Return what a recipe decides of timm's pretrained_cfg."""
+    size = recipe["model"]["image_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    augment, view = recipe["augment"], recipe["evaluation"]
+    return {
+        "input_size": (3, height, width),
+        "test_input_size": None,
+        "mean": tuple(augment["mean"]),
+        "std": tuple(augment["std"]),
+        "crop_pct": view["crop_pct"],
+        "test_crop_pct": None,
+        "crop_mode": "center",
+        "interpolation": view["interpolation"],
+        "label_names": ids,
+        "label_descriptions": dict(zip(ids, names, strict=True)),
+    }
 
 
 def fold_standardization(model: nn.Module) -> None:
@@ -333,7 +554,7 @@ def _check_name(name: str) -> None:
 def _pretrained(name: str, image_size: int | None) -> nn.Module:
     _logger.info("loading timm's weights of %s (downloaded on first use)", name)
     try:
-        return _create(name, image_size, pretrained=True)
+        return create_timm(name, image_size=image_size, pretrained=True)
     except ValueError:
         raise
     except Exception as error:  # whatever the hub's client, its HTTP library and timm may raise
@@ -341,21 +562,6 @@ def _pretrained(name: str, image_size: int | None) -> nn.Module:
             f"timm's weights of {name} could not be loaded ({_first_line(error)}); if this machine "
             "has no network, download them elsewhere and give --checkpoint FILE"
         ) from error
-
-
-def _create(name: str, image_size: int | None, **options: Any) -> nn.Module:
-    """Build the model so that it takes other image sizes than its own, where timm can do that."""
-    config = timm.get_pretrained_cfg(name)
-    if config is None or not config.fixed_input_size:
-        return timm.create_model(name, **options)
-    flexible: list[dict[str, Any]] = [{"dynamic_img_size": True}, {"strict_img_size": False}]
-    if image_size is not None:
-        flexible.append({"img_size": image_size})
-    for flexibility in flexible:
-        # A model that does not know the option refuses it before any weight is made.
-        with contextlib.suppress(TypeError):
-            return timm.create_model(name, **flexibility, **options)
-    return timm.create_model(name, **options)
 
 
 def _num_classes(name: str, weights: Mapping[str, Tensor]) -> int | None:
@@ -425,6 +631,18 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
             f"shape{_listed(reshaped)}"
         )
     model.load_state_dict(weights, strict=False)
+
+
+def _without_dense_head(
+    weights: dict[str, Tensor], model: nn.Module, path: Path
+) -> dict[str, Tensor]:
+    """Leave out the layer that tl-train adds to a model that learns token labels."""
+    if hasattr(model, "aux_head"):  # VOLO's own
+        return weights
+    rest = {name: value for name, value in weights.items() if not name.startswith("aux_head.")}
+    if len(rest) < len(weights):
+        _logger.info("%s: its class head labels the cells, its dense head is left out", path)
+    return rest
 
 
 def _match_in_order(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
@@ -503,7 +721,7 @@ def _probe(
 
 def _takes(model: nn.Module, size: tuple[int, int], device: torch.device) -> bool:
     """Tell whether the model takes images of (height, width) px."""
-    if not getattr(model, "pretrained_cfg", {}).get("fixed_input_size"):
+    if not _config_of(model).get("fixed_input_size"):
         return True
     try:
         _features(model, size, device)
@@ -550,14 +768,18 @@ def _as_images(cells: Float[Tensor, "n d"], layout: Layout, num_prefix: int) -> 
     return cells[:, :, None, None] if layout == "nchw" else cells[:, None, None]
 
 
-def _class_names(model: nn.Module, num_classes: int) -> list[str] | None:
-    config: Mapping[str, Any] = getattr(model, "pretrained_cfg", {})
-    labels = config.get("label_names") or ()
+def _config_of(model: nn.Module) -> Mapping[str, Any]:
+    return getattr(model, "pretrained_cfg", {})
+
+
+def _classes(config: Mapping[str, Any], num_classes: int) -> tuple[list[str], list[str]] | None:
+    """Return ids and display names of the classes, if timm's configuration tells."""
+    labels: list[str] = list(config.get("label_names") or ())
     if len(labels) == num_classes:
         descriptions = config.get("label_descriptions") or {}
-        return [descriptions.get(label, label) for label in labels]
-    subset = infer_imagenet_subset(model)
+        return labels, [descriptions.get(label, label) for label in labels]
+    subset = infer_imagenet_subset({**config, "num_classes": num_classes})
     if subset is None or ImageNetInfo(subset).num_classes() != num_classes:
         return None
     info = ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(num_classes)]
+    return info.label_names(), [info.index_to_description(i) for i in range(num_classes)]

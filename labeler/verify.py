@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,7 +23,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .dictionary import from_settings
 from .fit import Placement, resize
+from .folder import Location, open_folder
 from .geometry import Fill, PaletteMaps, crop_view, sample_targets
 from .images import BadImage, load_image
 from .label_map import LabelMap, LabelMapError, decode
@@ -427,9 +428,8 @@ def measure(
 
     def load(key: str) -> LabelledImage | None:
         try:
-            return LabelledImage(
-                key, load_image(source.read(samples[key])), decode(labels.read(key))
-            )
+            maps = decode(labels.read(key), dictionary=labels.dictionary)
+            return LabelledImage(key, load_image(source.read(samples[key])), maps)
         except (BadImage, LabelMapError, FileNotFoundError, PermissionError) as error:
             unreadable[key] = str(error)
             return None
@@ -506,11 +506,11 @@ class KeyCheck:
         return not (self.missing or self.duplicates or self.undecodable or self.damaged)
 
 
-def check_keys(folder: Path, source: ImageSource, *, show_progress: bool = True) -> KeyCheck:
+def check_keys(location: Location, source: ImageSource, *, show_progress: bool = True) -> KeyCheck:
     """Read every shard of a label set, decode every map, and compare the keys with the images.
 
     Args:
-        folder: The label set.
+        location: Of the label set.
         source: Its images; nothing is read of them but their list.
         show_progress: Whether to draw a progress bar (on a terminal only).
 
@@ -518,7 +518,8 @@ def check_keys(folder: Path, source: ImageSource, *, show_progress: bool = True)
         OSError: If there is no index.
         ValueError: If the index is damaged or no label set's.
     """
-    index = read_index(folder)
+    index = read_index(location)
+    dictionary = from_settings(index)
     seen: dict[str, int] = {}
     undecodable: dict[str, str] = {}
     damaged: dict[str, str] = {}
@@ -529,14 +530,16 @@ def check_keys(folder: Path, source: ImageSource, *, show_progress: bool = True)
         disable=None if show_progress else True,
     ) as progress:
         for number, shard in enumerate(index["shards"]):
-            record = read_slice(folder, number)
+            record = read_slice(location, number)
             if record is None:
                 damaged[json_name(number)] = "missing or damaged"
                 continue
-            data = _read_tar(folder / tar_name(number), shard["sha256"], damaged)
+            data = _read_tar(location, number, shard["sha256"], damaged)
             for key, (offset, size) in record.samples.items():
                 seen[key] = seen.get(key, 0) + 1
-                problem = None if data is None else _problem(data[offset : offset + size])
+                problem = None
+                if data is not None:
+                    problem = _problem(data[offset : offset + size], dictionary)
                 if problem:
                     undecodable[key] = problem
                 progress.update()
@@ -553,21 +556,24 @@ def check_keys(folder: Path, source: ImageSource, *, show_progress: bool = True)
     )
 
 
-def _read_tar(path: Path, sha256: str, damaged: dict[str, str]) -> bytes | None:
+def _read_tar(
+    location: Location, number: int, sha256: str, damaged: dict[str, str]
+) -> bytes | None:
     """Read a shard, noting what is wrong with it; a changed one is read all the same."""
+    name = tar_name(number)
     try:
-        data = path.read_bytes()
+        data = open_folder(location).read(name)
     except FileNotFoundError:
-        damaged[path.name] = "missing"
+        damaged[name] = "missing"
         return None
     if hashlib.sha256(data).hexdigest() != sha256:
-        damaged[path.name] = "its checksum does not fit, it is not what was written"
+        damaged[name] = "its checksum does not fit, it is not what was written"
     return data
 
 
-def _problem(data: bytes) -> str | None:
+def _problem(data: bytes, dictionary: bytes | None) -> str | None:
     try:
-        decode(data)
+        decode(data, dictionary=dictionary)
     except LabelMapError as error:
         return str(error)
     return None

@@ -16,8 +16,12 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from ..labeler.dictionary import from_settings
+from ..labeler.folder import replace_file
 
 INDEX_NAME = "index.json"
 FORMAT = "tokenlabel-shards"
@@ -72,6 +76,11 @@ class SplitIndex:
     def num_bytes(self) -> int:
         """Size of all tar files."""
         return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def dictionary(self) -> bytes | None:
+        """What label_map.decode needs beside the bytes of a map; None in splits without."""
+        return None if self.labels is None else from_settings(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,27 +193,9 @@ def format_index(index: ShardIndex) -> str:
 
 def write_index(index: ShardIndex) -> None:
     """Replace index.json in one step: a reader finds the old one or the new one."""
+    # A name that the next process writes over: only one may write here at a time.
     part = index.folder / f".{INDEX_NAME}{PART_SUFFIX}"
-    stage_index(index, part)
-    part.replace(index.folder / INDEX_NAME)
-    sync_folder(index.folder)
-
-
-def stage_index(index: ShardIndex, part: Path) -> None:
-    """Write what is to become index.json under a temporary name."""
-    with part.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(format_index(index))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    replace_file(index.folder / INDEX_NAME, format_index(index).encode(), part=part)
 
 
 def check_split_name(split: str) -> str:
@@ -274,7 +265,7 @@ def _why_no_index(folder: Path) -> str:
     if parts:
         return (
             f"{folder} has no {INDEX_NAME}: packing it is still going on or was broken off; "
-            "run the same tl-shard pack again"
+            "run the same tl-shard pack or relabel again"
         )
     return f"{folder} has no {INDEX_NAME}, so it is no data set; make one with tl-shard pack"
 
@@ -299,7 +290,7 @@ def _split(name: str, entry: Any) -> SplitIndex:
     if num_samples != sum(shard.samples for shard in shards):
         raise ValueError(f"split {name!r}: num_samples is not the sum over its shards")
     labels = entry["labels"]
-    return SplitIndex(
+    split = SplitIndex(
         num_samples=num_samples,
         has_labels=_of_type(bool, entry["has_labels"]),
         seed=_of_type(int, entry["seed"]),
@@ -309,6 +300,8 @@ def _split(name: str, entry: Any) -> SplitIndex:
         quarantined=_dict_of(str, entry["quarantined"]),
         repaired=_dict_of(int, entry["repaired"]),
     )
+    _ = split.dictionary  # raises where it is damaged
+    return split
 
 
 def _shard(split: str, entry: Any) -> ShardEntry:

@@ -8,11 +8,13 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 
@@ -21,7 +23,7 @@ from ..labeler.label_map import LabelMapError, decode
 from ..labeler.label_set import LabelSet
 from ..labeler.sources import ImageSource, Sample
 from . import index as index_file
-from .index import ShardIndex, SplitIndex
+from .index import PART_SUFFIX, ShardIndex, SplitIndex
 from .writer import (
     Fields,
     SplitWriter,
@@ -110,13 +112,13 @@ def pack(
         old = _index_to_extend(source, out, split, overwrite)
         num_workers = num_workers or len(os.sched_getaffinity(0))
         repaired: Counter[str] = Counter()
-        with staging(out, split) as staged:
+        with staging(out, split) as staged, at_hand(labels, out) as near:
             writer = SplitWriter(staged, split, shard_bytes, shard_size)
             try:
                 with ThreadPoolExecutor(num_workers, thread_name_prefix="pack") as pool:
                     prepared = map_in_order(
                         pool,
-                        lambda sample: _prepare(source, labels, sample, max_side_px, quality),
+                        lambda sample: _prepare(source, near, sample, max_side_px, quality),
                         samples,
                         ahead=num_workers * _SAMPLES_AHEAD,
                     )
@@ -193,6 +195,22 @@ def _prepare(
     return _Prepared(fields, repair)
 
 
+_Labels = TypeVar("_Labels", LabelSet, LabelSet | None)
+
+
+@contextmanager
+def at_hand(labels: _Labels, folder: Path) -> Iterator[_Labels]:
+    """Copy label maps that lie behind a URL beside the shards that are being written.
+
+    The samples are shuffled: a request for each would take hours where whole tars take minutes.
+    """
+    if labels is None or not labels.is_remote:
+        yield labels
+        return
+    with TemporaryDirectory(prefix=".labels-", suffix=PART_SUFFIX, dir=folder) as copies:
+        yield labels.copy_to(Path(copies))
+
+
 def read_label(labels: LabelSet, key: str) -> bytes:
     """Return an image's label map once it has been decoded on trial.
 
@@ -201,7 +219,7 @@ def read_label(labels: LabelSet, key: str) -> bytes:
     """
     label = labels.read(key)
     try:
-        decode(label)
+        decode(label, dictionary=labels.dictionary)
     except LabelMapError as error:
         raise ValueError(f"the label map of {key} is damaged: {error}") from error
     return label

@@ -16,10 +16,11 @@ from typing import Any
 from tqdm import tqdm
 
 from ..labeler.archives import list_tar, read_member
+from ..labeler.folder import sha256_of
 from ..labeler.label_set import LabelSet
 from . import index as index_file
 from .index import ShardEntry, ShardIndex
-from .pack import check_label_classes, join, label_facts, read_label
+from .pack import at_hand, check_label_classes, join, label_facts, read_label
 from .writer import (
     ShardWriter,
     close_on_disk,
@@ -129,10 +130,12 @@ def relabel(
             jobs = _jobs(split, entry.shards, stored, left_out)
             if not jobs:
                 raise ValueError(f"no image of split {split!r} in {data} has a label map")
-            written = map_in_order(
-                pool, lambda job: _rewrite(data, labels, staged, job), jobs, ahead=num_workers
-            )
-            shards = list(tqdm(written, f"relabel {split}", len(jobs), disable=None, unit="shard"))
+            with at_hand(labels, target) as near:
+                written = map_in_order(
+                    pool, lambda job: _rewrite(data, near, staged, job), jobs, ahead=num_workers
+                )
+                bar = tqdm(written, f"relabel {split}", len(jobs), disable=None, unit="shard")
+                shards = list(bar)
             if out is not None:
                 _copy_others(old, split, staged)
             new_entry = replace(
@@ -214,8 +217,7 @@ def _jobs(
 
 def _rewrite(data: Path, labels: LabelSet, staged: Path, job: _Job) -> ShardEntry:
     path = data / job.old.name
-    with path.open("rb") as file:
-        _check(path, hashlib.file_digest(file, "sha256").hexdigest(), job.old.sha256)
+    _check(path, sha256_of(path), job.old.sha256)
     writer = ShardWriter(staged, job.name)
     try:
         for sample in job.samples:

@@ -1,6 +1,5 @@
 """Is this data set whole? The job behind `tl-shard verify`."""
 
-import hashlib
 import os
 import tarfile
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..labeler.folder import sha256_of
 from ..labeler.label_map import LabelMapError, decode
 from .index import (
     INDEX_NAME,
@@ -111,7 +111,7 @@ def _check_shard(
     except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         return [Problem(tar.name, f"is no readable tar: {error}")], []
     for key, fields in samples:
-        what = _sample_problem(fields, split.has_labels, index.num_classes)
+        what = _sample_problem(fields, split, index.num_classes)
         if what is not None:
             problems.append(Problem(tar.name, f"sample {key} {what}"))
     if len(samples) != shard.samples:
@@ -128,10 +128,7 @@ def _damage(path: Path, sha256: str, num_bytes: int | None) -> str | None:
         return "is missing"
     if num_bytes is not None and path.stat().st_size != num_bytes:
         return f"has {path.stat().st_size} bytes, {num_bytes} were packed"
-    with path.open("rb") as file:
-        if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
-            return _CHANGED
-    return None
+    return None if sha256_of(path) == sha256 else _CHANGED
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,20 +161,22 @@ def _key(name: str) -> str:
     return folder + slash + file.partition(".")[0]
 
 
-def _sample_problem(fields: list[_Field], has_labels: bool, num_classes: int) -> str | None:
+def _sample_problem(fields: list[_Field], split: SplitIndex, num_classes: int) -> str | None:
     extensions = [field.name.rpartition(".")[2] for field in fields]
-    expected = ["jpg", "cls", "tlm"] if has_labels else ["jpg", "cls"]
+    expected = ["jpg", "cls", "tlm"] if split.has_labels else ["jpg", "cls"]
     if extensions != expected:
         return f"has the fields {' '.join(extensions)}, expected {' '.join(expected)}"
     digits = fields[1].data
     if not digits.isdigit() or len(digits) > 10 or int(digits) >= num_classes:
         return f"has class {digits[:20]!r}, allowed are 0 to {num_classes - 1}"
-    return _label_problem(fields[2].data, num_classes) if has_labels else None
+    if not split.has_labels:
+        return None
+    return _label_problem(fields[2].data, num_classes, split.dictionary)
 
 
-def _label_problem(data: bytes, num_classes: int) -> str | None:
+def _label_problem(data: bytes, num_classes: int, dictionary: bytes | None) -> str | None:
     try:
-        found = decode(data)[0].num_classes
+        found = decode(data, dictionary=dictionary)[0].num_classes
     except LabelMapError as error:
         return f"has a damaged label map: {error}"
     if found != num_classes:

@@ -19,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, TypeVar
 
+from ..labeler.folder import sync_folder
 from . import index as index_file
 from .index import INDEX_NAME, PART_SUFFIX, ShardEntry, ShardIndex
 
@@ -131,10 +132,10 @@ def finish_publishing(folder: Path) -> ShardIndex | None:
     for path in staged.iterdir():
         if path.name != INDEX_NAME:
             path.replace(folder / path.name)
-    index_file.sync_folder(folder)
+    sync_folder(folder)
     (staged / INDEX_NAME).replace(folder / INDEX_NAME)
     staged.rmdir()
-    index_file.sync_folder(folder)
+    sync_folder(folder)
     return index
 
 
@@ -155,8 +156,9 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else error.strerror
         raise OSError(
-            f"cannot write {path}: {error.strerror}; nothing of this run was kept, "
+            f"cannot write {path}: {reason}; nothing of this run was kept, "
             "make room or give another --out and run the same command again",
         ) from error
 

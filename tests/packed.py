@@ -2,10 +2,13 @@
 
 import io
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
+import pytest
 from conftest import random_map
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
@@ -13,9 +16,12 @@ from PIL import Image
 from webdataset.compat import WebDataset
 
 from tokenlabel.labeler import label_set
+from tokenlabel.labeler.dictionary import to_settings
+from tokenlabel.labeler.folder import Location
 from tokenlabel.labeler.label_map import encode
 from tokenlabel.labeler.label_set import LabelSet
 from tokenlabel.labeler.sources import ImageSource
+from tokenlabel.shards import writer
 from tokenlabel.shards.index import ShardIndex
 
 Contents = dict[str, tuple[bytes, bytes, bytes]]
@@ -36,7 +42,7 @@ def jpeg_of(number: int) -> bytes:
 
 def labels_for(
     source: ImageSource,
-    folder: Path,
+    folder: Location,
     *,
     num_classes: int | None = None,
     class_names: list[str] | None = None,
@@ -44,19 +50,23 @@ def labels_for(
     damaged: str | None = None,
     k: int = 2,
     seed: int = 0,
+    dictionary: bytes | None = None,
 ) -> LabelSet:
-    """A label set of all images of a source, as tl-label generate leaves it on disk."""
+    """A label set of all images of a source, as tl-label generate leaves it in a folder or URL."""
     num_classes = num_classes or source.num_classes
     rng = np.random.default_rng(seed)
     maps = {
-        sample.key: encode(random_map(rng, grid=(3, 4), k=k, num_classes=num_classes))
+        sample.key: encode(
+            random_map(rng, grid=(3, 4), k=k, num_classes=num_classes), dictionary=dictionary
+        )
         for sample in source.samples
         if sample.key != quarantined
     }
     if damaged:
         maps[damaged] = maps[damaged][:-3]
     settings = {"teacher": {"name": "a"}, "fit": "native", "k": k, "num_classes": num_classes}
-    folder.mkdir()
+    settings |= {} if dictionary is None else to_settings(dictionary)
+    label_set.check_output(folder)
     record = label_set.write_slice(
         folder,
         0,
@@ -68,6 +78,29 @@ def labels_for(
     class_names = class_names or [f"class {number}" for number in range(num_classes)]
     label_set.write_index(folder, [record], settings=settings, class_names=class_names)
     return LabelSet.open(folder)
+
+
+def fill_disk(monkeypatch: pytest.MonkeyPatch, *, after: int) -> None:
+    """Let the disk be full once pack or relabel has begun so many files."""
+    created = []
+
+    def create(path: Path) -> BinaryIO:
+        created.append(path)
+        return path.open("xb") if len(created) <= after else Path("/dev/full").open("wb")
+
+    monkeypatch.setattr(writer, "create", create)
+
+
+@contextmanager
+def broken_off_at(function: str) -> Iterator[None]:
+    """Break off pack or relabel where it calls a function of the writer."""
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(writer, function, die)
+        yield
 
 
 def read_with_tarfile(index: ShardIndex, split: str) -> list[tuple[str, list[bytes]]]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 
 from tokenlabel.trainer import checkpoint as checkpoint_module
@@ -19,7 +20,7 @@ from tokenlabel.trainer.checkpoint import (
     save_step,
     step_files,
 )
-from tokenlabel.trainer.models import create_model
+from tokenlabel.trainer.models import Student, create_model
 from tokenlabel.trainer.models.lvvit import LVViT, resize_pos_embed
 from tokenlabel.trainer.recipe import ModelConfig, Recipe, to_toml
 
@@ -34,7 +35,9 @@ def config(
 
 def new_model(seed: int = 0, **changes) -> LVViT:
     torch.manual_seed(seed)
-    return create_model(config(**changes))
+    model = create_model(config(**changes))
+    assert isinstance(model, LVViT)
+    return model
 
 
 def checkpoint_of(
@@ -56,7 +59,7 @@ def checkpoint_of(
     return Checkpoint(**values | changes)
 
 
-def same_weights(model: LVViT, other: LVViT) -> bool:
+def same_weights(model: Student, other: Student) -> bool:
     pairs = zip(model.state_dict().values(), other.state_dict().values())
     return all(torch.equal(a, b) for a, b in pairs)
 
@@ -359,12 +362,34 @@ def test_our_checkpoints_know_their_model(tmp_path):
         load_model(tmp_path / "a.pt", name="lvvit_m")
 
 
-def test_published_files_need_the_models_name(tmp_path):
+def test_published_files_show_their_model_by_their_shapes(tmp_path):
     torch.manual_seed(0)
     source = create_model(ModelConfig(name="lvvit_t", num_classes=3, image_size=64))
     torch.save({"state_dict": source.state_dict()}, tmp_path / "t.pth")
-    with pytest.raises(ValueError, match="does not say which model it holds"):
-        load_model(tmp_path / "t.pth")
-    found = load_model(tmp_path / "t.pth", name="lvvit_t")
-    assert same_weights(found.model, source)
-    assert (found.recipe, found.class_names) == (None, None)
+    safetensors.torch.save_file(source.state_dict(), tmp_path / "t.safetensors")
+    for file, name in [("t.pth", None), ("t.safetensors", "lvvit_t")]:
+        found = load_model(tmp_path / file, name=name)
+        assert found.name == "lvvit_t"
+        assert same_weights(found.model, source)
+        assert (found.recipe, found.class_names) == (None, None)
+
+
+def test_files_that_show_no_model_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="does not show which model .*, e.g. --model resnet50"):
+        load_model(tmp_path / "w.pth")
+    with pytest.raises(ValueError, match="w.pth is none of lvvit_t, .*: it has no head.bias"):
+        load_model(tmp_path / "w.pth", name="lvvit_s")
+
+
+def test_a_torn_safetensors_file_is_refused(tmp_path):
+    (tmp_path / "w.safetensors").write_bytes(b"12345678{}")
+    with pytest.raises(ValueError, match="w.safetensors is torn or not a safetensors file"):
+        load_model(tmp_path / "w.safetensors")
+
+
+def test_averaged_weights_that_are_not_there_are_not_replaced_by_raw_ones(tmp_path):
+    save(checkpoint_of(new_model()), tmp_path / "a.pt")
+    assert load_model(tmp_path / "a.pt").report.weights == "raw"
+    with pytest.raises(ValueError, match="a.pt holds no averaged weights; take the raw ones"):
+        load_model(tmp_path / "a.pt", ema=True)

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import tarfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tokenlabel.trainer.evaluate import EvalView, FolderFeed, evaluate, load_for
 from tokenlabel.trainer.feed import Batch, EvalFeed
 from tokenlabel.trainer.models import create_model
 from tokenlabel.trainer.models.lvvit import lvvit_t
-from tokenlabel.trainer.recipe import parse_recipe
+from tokenlabel.trainer.recipe import parse_recipe, to_toml
 
 ALONE = Place(device=torch.device("cpu"))
 VIEW = EvalView(
@@ -297,6 +298,94 @@ def test_weights_of_another_timm_model_are_named(tmp_path):
         load_for_eval(tmp_path / "no.pt")
 
 
+@pytest.mark.parametrize("dense_weight", [0.0, 1.0])
+def test_a_timm_model_of_tl_train_brings_its_view_and_loads_under_its_name_too(
+    tmp_path, dense_weight
+):
+    text = f"""
+        [model]
+        name = "test_vit"
+        num_classes = 3
+        image_size = 32
+        [augment]
+        mean = [0.1, 0.2, 0.3]
+        [labels]
+        dense_weight = {dense_weight}
+        class_target = "label"
+        [evaluation]
+        crop_pct = 0.8
+    """
+    torch.manual_seed(0)
+    model = create_model(parse_recipe(text).model, dense=dense_weight > 0).eval()
+    content = checkpoint_file.Checkpoint(
+        recipe=to_toml(parse_recipe(text)), class_ids=list("abc"), class_names=list("abc"),
+        grid=(2, 2), step=1, model=model.state_dict(),
+    )  # fmt: skip
+    path = tmp_path / "best.pt"
+    checkpoint_file.save(content, path)
+    images = torch.randn(2, 3, 32, 32)
+    for name in (None, "test_vit", "test_vit.r160_in1k"):
+        loaded = load_for_eval(path, model=name)
+        assert (loaded.num_classes, loaded.weights) == (3, "raw")
+        assert loaded.class_ids == list("abc")
+        assert (loaded.view.image_size, loaded.view.crop_pct) == ((32, 32), 0.8)
+        assert loaded.view.mean == (0.1, 0.2, 0.3)
+        torch.testing.assert_close(loaded.model.eval()(images), model(images))
+    assert load_for_eval(path, image_size=48).view.image_size == (48, 48)
+
+
+@pytest.mark.parametrize("ema", [True, False])
+def test_files_of_other_programs_leave_no_choice_of_weights(tmp_path, ema):
+    path = tmp_path / "weights.pt"
+    torch.save(timm.create_model("test_resnet", num_classes=7).state_dict(), path)
+    with pytest.raises(ValueError, match="--ema and --raw choose .* is of another program"):
+        load_for_eval(path, model="test_resnet", ema=ema)
+
+
+# --------------------------------------------------------------------------------- sources
+
+
+def test_every_source_of_the_same_photos_gives_the_same_numbers(own, folder, tmp_path, data):
+    """Class folders, a tar of them, shards of other programs, and a list."""
+    classes = tmp_path / "classes.txt"
+    classes.write_text("\n".join(data.class_ids))
+    photos = sorted(path for path in folder.rglob("*.*") if path.is_file())
+    with tarfile.open(tmp_path / "photos.tar", "w") as tar:
+        tar.add(folder, arcname=".")
+    listed = [f"{path.relative_to(folder)},{path.parent.name}" for path in photos]
+    (tmp_path / "photos.csv").write_text("\n".join(listed))
+    with tarfile.open(tmp_path / "shard-0.tar", "w") as tar:
+        for i, path in enumerate(photos):
+            tar.add(path, arcname=f"{i}{path.suffix}")
+            number = data.class_ids.index(path.parent.name)
+            (tmp_path / "number").write_text(str(number))
+            tar.add(tmp_path / "number", arcname=f"{i}.cls")
+    named = ["--classes", classes]
+    sources = [
+        [folder, *named],
+        [tmp_path / "photos.tar", *named],
+        [tmp_path / "photos.csv", "--root", folder, *named],
+        [tmp_path / "shard-*.tar"],
+    ]
+    found = []
+    for source in sources:
+        code, text, err = run(
+            "--checkpoint", own, "--raw", "--workers", 1, "--json", "-", "--data", *source
+        )
+        assert code == 0, err
+        report = json.loads(text)
+        found.append((report["num_images"], report["top1"], round(report["loss"], 5)))
+    assert found == [found[0]] * len(sources)
+    assert found[0][0] == 7
+
+
+def test_numbered_classes_beyond_the_model_are_refused(published, tmp_path, folder):
+    (tmp_path / "list.csv").write_text(f"{folder}/class 0/photo.0.jpg,{NUM_CLASSES}")
+    code, _, err = run("--checkpoint", published, "--data", tmp_path / "list.csv")
+    assert code == 2
+    assert f"has {NUM_CLASSES + 1} classes, the model {NUM_CLASSES}" in err
+
+
 # --------------------------------------------------------------------------------- command
 
 
@@ -338,7 +427,10 @@ def test_two_processes_find_what_one_finds(own, data, tmp_path):
         (["--data", "{folder}"], "has 3 classes, the model 40; write classes.txt into the folder"),
         (["--data", "{folder}", "--split", "val"], "--split val is for dataset shards, but .*own"),
         (["--data", "{shards}", "--split", "test"], "no split 'test'; it has 'val'"),
-        (["--data", "{shards}", "--classes", "x"], "--classes is for class folders"),
+        (["--data", "{shards}", "--classes", "x"], "--classes is for other sources; .* dataset sh"),
+        (["--data", "{shards}", "--root", "x"], "--root is for other sources; .* dataset shards"),
+        (["--data", "{folder}/class 0"], "says of no image which class it has, .*list of PATH,CL"),
+        (["--data", "{shards}", "--model", "lvvit_small"], "unknown model 'lvvit_small'; did you"),
         (["--data", "{shards}", "--crop-pct", "2"], "crop_pct = 2.0; allowed: 0 < crop_pct <= 1"),
         (["--data", "{shards}", "--model", "lvvit_s"], "holds lvvit_t, not lvvit_s"),
         (["--data", "{shards}", "--device", "tpu9"], "--device 'tpu9' is no device"),

@@ -8,6 +8,8 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,17 +20,26 @@ import torch
 from nvidia.dali import fn
 from nvidia.dali.pipeline import Pipeline
 from PIL import Image
-from shard_sets import jpeg, make_samples, noise, painted, write_split
+from shard_sets import NUM_CLASSES, jpeg, make_samples, noise, painted, write_split
 from timm.data.random_erasing import RandomErasing
 from timm.data.transforms_factory import create_transform
+from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as vision
 
-from tokenlabel.labeler.geometry import apply_view
-from tokenlabel.labeler.label_map import decode
+from tokenlabel.labeler.geometry import apply_view, sample_targets
+from tokenlabel.labeler.label_map import LabelMap, decode, encode
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack
 from tokenlabel.trainer import feed as feed_module
+from tokenlabel.trainer.augment_draws import (
+    COLOR_NUMBERS,
+    ERASING_NUMBERS,
+    Layers,
+    Operation,
+    draw_colors,
+    draw_erased,
+)
 from tokenlabel.trainer.feed import Batch, EvalFeed, TrainFeed
 from tokenlabel.trainer.recipe import AugmentConfig
 
@@ -159,14 +170,164 @@ def test_interpolation_random_draws_one_of_the_two_for_each_sample(data, train_f
     assert 2 <= int(is_kind["bicubic"].sum()) <= 14
 
 
+# --------------------------------------------------------------------------- RandAugment
+
+RAND_AUGMENT = "rand-n3-m9-mstd0.5-inc1-p1"
+
+
+def geometric_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let RandAugment draw as ever, but leave colours alone: they tell where a pixel is from."""
+    draw = feed_module.draw_layers
+    geometric = (Operation.ROTATE, *range(Operation.SHEAR_X, Operation.TRANSLATE_Y + 1))
+
+    def drawn(*arguments) -> Layers:
+        layers = draw(*arguments)
+        chosen = np.isin(layers.operations, geometric)
+        return replace(layers, operations=np.where(chosen, layers.operations, Operation.NONE))
+
+    monkeypatch.setattr(feed_module, "draw_layers", drawn)
+
+
+def coordinate_map(rows: int, cols: int) -> LabelMap:
+    """A label map whose logits of two of three classes are the cells' x and y, the third's 0."""
+    logits = np.zeros((3, rows, cols))
+    logits[0] = (np.arange(cols) + 0.5) / cols
+    logits[1] = (np.arange(rows)[:, None] + 0.5) / rows
+    order = np.argsort(-logits, axis=0, kind="stable")
+    return LabelMap(
+        scores=np.take_along_axis(logits, order, 0).astype(np.float16),
+        classes=order.astype(np.uint32),
+        num_classes=NUM_CLASSES,
+        log_normalizer=np.log(np.exp(logits).sum(0) + NUM_CLASSES - 3).astype(np.float16),
+    )
+
+
+def test_rand_augment_moves_pixels_view_and_labels_together(tmp_path, train_feed, monkeypatch):
+    geometric_only(monkeypatch)
+    height, width = image_hw = (30, 40)
+    label = encode(coordinate_map(30, 40))
+    image = jpeg(painted(*image_hw), quality=100)
+    samples = [{f"{i}.jpg": image, f"{i}.cls": b"0", f"{i}.tlm": label} for i in range(6)]
+    index = write_split(tmp_path, samples)
+    augment = replace(PLAIN, auto_augment="rand-m9-mstd0.5-p1", hflip=0.5, scale=(0.5, 1.0))
+    grid, patch_px = (4, 6), 12
+    image_size = (grid[0] * patch_px, grid[1] * patch_px)
+    feed = train_feed(index, image_size=image_size, batch_size=60, augment=augment)
+    batch = next(feed)
+    assert int((batch.views[:, 0, 1] != 0).sum()) >= 10  # sheared or turned
+
+    # Pixels: those that neither the fill, black here, nor the end of the crop's filter comes near.
+    hidden = torch.nn.functional.pad((batch.images[:, 2:] < 0.45).float(), (4, 4, 4, 4), value=1)
+    inner = 1 - torch.nn.functional.max_pool2d(hidden, 9, stride=1)
+    v, u = ((torch.arange(side) + 0.5) / side for side in image_size)
+    points = torch.stack(torch.meshgrid(u, v, indexing="xy"), -1).reshape(-1, 2)
+    expected = apply_view(batch.views, points)
+    found = batch.images[:, :2].flatten(2).transpose(1, 2)
+    error_px = (
+        (found - expected).abs() * torch.tensor([width, height]) * inner.flatten(1, 3)[..., None]
+    )
+    assert float(inner.mean()) > 0.3
+    assert float(error_px.max()) < 0.5  # 0.15 is one of 255 values, and each layer cuts one off
+
+    # Labels: where the map says a token is, against where its pixels say they are from.
+    assert batch.maps is not None
+    targets = sample_targets(batch.maps, batch.views, grid)
+    logits = targets.tokens[..., :2].log() - targets.tokens[..., 2:3].log()
+    tokens = torch.nn.functional.avg_pool2d(batch.images[:, :2], patch_px)
+    whole = torch.nn.functional.avg_pool2d(inner, patch_px).flatten(1) > 0.99
+    seen = sample_targets(batch.maps, batch.views, grid, frames=batch.frames).token_weight == 1
+    fill = torch.nn.functional.avg_pool2d((batch.images[:, 2:] < 0.2).float(), patch_px).flatten(1)
+    assert torch.equal(seen & (fill > 0.9), torch.zeros_like(seen))
+    assert bool(((targets.token_weight == 1) & (fill > 0.9)).any())  # they lie in the image
+    assert bool(seen[whole & (targets.token_weight == 1)].all())
+    taught = whole & seen
+    assert taught.float().mean() > 0.15
+    distance = (logits - tokens.flatten(2).transpose(1, 2))[taught].abs()
+    sides = batch.views[:, :, :2].abs().sum(2)  # of the crop's box in the image
+    token = (sides / torch.tensor([grid[1], grid[0]]))[:, None].expand(*taught.shape, 2)[taught]
+    assert float((distance / token).max()) < 0.5
+    assert float((distance / token).mean()) < 0.05
+
+
+def test_a_sample_is_augmented_alike_by_any_number_of_processes(data, train_feed):
+    augment = AugmentConfig(auto_augment=RAND_AUGMENT, random_erasing=1.0)
+    draws = {}
+    for world_size in (1, 2, 4):
+        options = {"world_size": world_size, "batch_size": 8 // world_size, "augment": augment}
+        feeds = [train_feed(data, rank=rank, **options) for rank in range(world_size)]
+        draws[world_size] = [[feed._choose._draw(num) for feed in feeds] for num in (0, 5)]
+    for several in (2, 4):
+        for (whole,), parts in zip(draws[1], draws[several]):
+            for name in ("flips", "interpolations", "erased", "noise_seeds"):
+                found = np.concatenate([getattr(part, name) for part in parts])
+                assert np.array_equal(found, getattr(whole, name))
+            for name in ("operations", "amounts", "cubic"):
+                found = np.concatenate([getattr(part.layers, name) for part in parts], 1)
+                assert np.array_equal(found, getattr(whole.layers, name))
+
+
+def test_torch_takes_one_core_in_the_feeds_thread_and_what_it_took_elsewhere(data, train_feed):
+    torch.set_num_threads(2)
+    feed = train_feed(data)
+    next(feed)
+    assert feed._worker.submit(torch.get_num_threads).result() == 1
+    assert torch.get_num_threads() == 2
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 2
+
+
+# ---------------------------------------------------------------------------------- crops
+
+
+def test_crops_are_distributed_as_torchvisions(tmp_path, train_feed):
+    height, width = 60, 90
+    samples = [{"a.jpg": jpeg(painted(height, width)), "a.cls": b"0"}]
+    index = write_split(tmp_path, samples)
+    feed = train_feed(
+        index, image_size=(8, 8), batch_size=500, augment=PLAIN, with_labels=False, num_threads=2
+    )
+    views = torch.cat([next(feed).views for _ in range(8)]).double()
+    torch.manual_seed(0)
+    image = Image.new("RGB", (width, height))
+    boxes = torch.tensor(
+        [
+            RandomResizedCrop.get_params(image, [*PLAIN.scale], [*PLAIN.ratio])  # pyright: ignore[reportArgumentType]
+            for _ in range(len(views))
+        ]
+    ).double()
+    top, left, rows, cols = boxes.T
+    theirs = torch.stack(
+        [
+            rows * cols / (height * width),
+            (cols / rows).log(),
+            (left + cols / 2) / width,
+            (top + rows / 2) / height,
+        ]
+    )
+    part_x, part_y = views[:, 0, 0], views[:, 1, 1]
+    ours = torch.stack(
+        [
+            part_x * part_y,
+            (part_x * width / (part_y * height)).log(),
+            views[:, 0, 2] + part_x / 2,
+            views[:, 1, 2] + part_y / 2,
+        ]
+    )
+    for found, expected in zip(ours, theirs):
+        error = float((found.var() / len(found) + expected.var() / len(expected)).sqrt())
+        # Both round sides to whole pixels, each in its own way: 0.003 for that.
+        assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=4 * error + 0.003)
+        assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.06)
+
+
 # ------------------------------------------------------------------------ colour, erasing
 
 
 def test_color_jitter_is_torchvisions_in_every_order():
     rng = np.random.default_rng(0)
     images = [noise(rng, 60, 80) for _ in range(24)]
-    draw = feed_module._draw_colors
-    brightness, contrast, saturation = draw(np.random.default_rng(1), 0.4, len(images))
+    numbers = np.random.default_rng(1).random((len(images), COLOR_NUMBERS))
+    brightness, contrast, saturation = draw_colors(numbers, 0.4)
 
     with Pipeline(batch_size=len(images), num_threads=1, device_id=None) as pipeline:
         pixels = fn.external_source(lambda i: images, layout="HWC")
@@ -197,10 +358,11 @@ def test_color_jitter_is_torchvisions_in_every_order():
 
 def test_random_erasing_draws_timms_rectangles():
     size, count = (48, 64), 4000
-    some = feed_module._draw_erased(np.random.default_rng(0), 0.25, size, count)
+    numbers = np.random.default_rng(0).random((count, ERASING_NUMBERS))
+    some = draw_erased(numbers, 0.25, size)
     assert np.count_nonzero(some[:, 2]) / count == pytest.approx(0.25, abs=0.03)
 
-    boxes = feed_module._draw_erased(np.random.default_rng(0), 1.0, size, count)
+    boxes = draw_erased(numbers, 1.0, size)
     ours, theirs = torch.zeros(count, *size), torch.ones(count, 1, *size)
     for mask, (top, left, height, width) in zip(ours, boxes):
         mask[top : top + height, left : left + width] = 1
@@ -309,7 +471,8 @@ def test_without_labels_maps_are_not_read(data, train_feed):
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_feed_gives_the_same_bits(data, train_feed, world_size):
     # A pass is 5.75 batches on one rank and 2.75 or 3 on two: 5 → 6 and 2 → 3 straddle its end.
-    options = {"rank": world_size - 1, "world_size": world_size, "seed": 5}
+    augment = AugmentConfig(auto_augment=RAND_AUGMENT) if world_size == 2 else AugmentConfig()
+    options = {"rank": world_size - 1, "world_size": world_size, "seed": 5, "augment": augment}
     feed = train_feed(data, **options)
     states, batches = [feed.state()], []
     for _ in range(14):

@@ -341,3 +341,19 @@ def test_compose_maps_points_through_inner_then_outer():
     for b in range(2):
         step = apply_view(inner[b : b + 1], points)[0]
         torch.testing.assert_close(apply_view(outer[b : b + 1], step)[0], through[b])
+
+
+def test_what_a_frame_hides_is_not_taught():
+    maps = PaletteMaps.from_label_maps([random_map(np.random.default_rng(0))] * 2)
+    quarter = crop_view(torch.tensor([[0.25, 0.25, 0.75, 0.75]] * 2))
+    moved = torch.tensor([[[1, 0, 0.5], [0, 1, 0.0]], [[1, 0, 0.0], [0, 1, 0.0]]])
+    views = compose(quarter, moved)
+    free = sample_targets(maps, views, (4, 4))
+    framed = sample_targets(maps, views, (4, 4), frames=moved[:, None])
+    assert torch.equal(free.token_weight, torch.ones(2, 16))
+    assert torch.equal(framed.token_weight[0].reshape(4, 4)[:, :2], torch.ones(4, 2))
+    assert torch.equal(framed.token_weight[0].reshape(4, 4)[:, 2:], torch.zeros(4, 2))
+    assert torch.equal(framed.token_weight[1], torch.ones(16))
+    assert torch.allclose(framed.tokens[1], free.tokens[1])
+    left = sample_targets(maps, crop_view(torch.tensor([[0.5, 0.25, 0.75, 0.75]] * 2)), (4, 2))
+    assert torch.allclose(framed.view[0], left.view[0], atol=1e-5)

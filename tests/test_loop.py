@@ -23,7 +23,7 @@ from tokenlabel.trainer import run_log
 from tokenlabel.trainer.checkpoint import Checkpoint, load_model, read
 from tokenlabel.trainer.distributed import Place, join_processes
 from tokenlabel.trainer.evaluate import evaluate
-from tokenlabel.trainer.feed import Batch
+from tokenlabel.trainer.feed import Batch, TrainFeed
 from tokenlabel.trainer.loop import Outcome, fit, open_data, train
 from tokenlabel.trainer.models import create_model
 from tokenlabel.trainer.optim import Ema, make_optimizer, skip_if
@@ -137,6 +137,19 @@ def test_sigterm_saves_and_stops_and_resuming_loses_nothing(tmp_path):
     run(tmp_path / "run", "run.checkpoint_every=100 epochs", resume=True)
     run(tmp_path / "undisturbed")
     assert differing(last(tmp_path / "run"), last(tmp_path / "undisturbed")) == []
+
+
+def test_a_run_that_was_stopped_has_a_report(shards, tmp_path, monkeypatch):
+    def terminate(self: TrainFeed) -> Batch:
+        monkeypatch.setattr(TrainFeed, "__next__", deliver)  # the report asks for a batch, too
+        os.kill(os.getpid(), signal.SIGTERM)
+        return deliver(self)
+
+    deliver = TrainFeed.__next__
+    monkeypatch.setattr(TrainFeed, "__next__", terminate)
+    outcome = train(tiny_recipe(), data=shards, out=tmp_path / "run", device="cpu")
+    assert outcome.step < outcome.total_steps
+    assert (tmp_path / "run" / "report.html").is_file()
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path):

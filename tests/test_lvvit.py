@@ -281,7 +281,7 @@ def test_create_model_builds_what_the_recipe_says():
 
 
 def test_unknown_models_and_arguments_are_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match=f"did you mean 'lvvit_s'.*{', '.join(MODELS)}"):
+    with pytest.raises(ValueError, match=f"did you mean lvvit_s, .*{', '.join(MODELS)}"):
         create_model(ModelConfig(name="lvvit_small"))
     with pytest.raises(ValueError, match="unknown key 'model.kwargs.dpth'; known: .*depth"):
         create_model(ModelConfig(kwargs={"dpth": 3}))

@@ -16,7 +16,9 @@ from click.testing import CliRunner, Result
 from offered import fill_with_photos, offer, shards_of, tar_of
 from packed import (
     Contents,
+    broken_off_at,
     files_of,
+    fill_disk,
     jpeg_of,
     keys_of,
     labels_for,
@@ -30,7 +32,6 @@ from wds2idx import IndexCreator
 
 from tokenlabel import cli
 from tokenlabel.labeler.sources import ImageSource, Sample, open_source
-from tokenlabel.shards import writer as writer_module
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack
 from tokenlabel.shards.verify import verify
@@ -475,16 +476,9 @@ def test_a_killed_pack_leaves_no_split_and_can_be_run_again(
     assert files_of(out) == files_of(tmp_path / "whole")
 
 
-def test_a_pack_that_dies_while_renaming_leaves_no_index(
-    images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
-):
-    def die(folder: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer_module.index_file, "sync_folder", die)
-        with pytest.raises(KeyboardInterrupt):
-            pack(open_source(images), out, split="train", shard_size=6)
+def test_a_pack_that_dies_while_renaming_leaves_no_index(images: Path, out: Path):
+    with broken_off_at("sync_folder"):
+        pack(open_source(images), out, split="train", shard_size=6)
     assert not (out / "index.json").exists()
     pack(open_source(images), out, split="train", shard_size=15, overwrite=True)
     assert verify(out) == []
@@ -512,13 +506,7 @@ def test_the_next_pack_moves_the_files_of_one_that_died_while_renaming(
 def test_a_full_disk_is_one_line_and_leaves_nothing(
     images: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    created = []
-
-    def create_on_full_disk(path: Path):
-        created.append(path)
-        return path.open("xb") if len(created) < 4 else Path("/dev/full").open("wb")
-
-    monkeypatch.setattr(writer_module, "create", create_on_full_disk)
+    fill_disk(monkeypatch, after=3)
     with pytest.raises(OSError, match=r"cannot write .*train-000001\.\S+: No space left") as caught:
         pack(open_source(images), out, split="train", shard_size=6)
     assert "\n" not in str(caught.value)
@@ -600,7 +588,7 @@ def test_info_fits_on_one_screen(images: Path, tmp_path: Path, out: Path):
     lines = run("info", out).stdout.splitlines()
     assert lines[0] == f"{out}: 2 classes (cat, dog)"
     assert lines[1].startswith("train: 20 samples in 1 shard, ")
-    assert lines[2] == "  label maps: a, top 2, native fit"
+    assert lines[2] == "  label maps: a, native fit, top 2, 16-bit scores"
     assert lines[3].startswith("val: 20 samples in 4 shards, ")
     assert lines[4:] == ["  no label maps"]
 

@@ -24,7 +24,7 @@ from tokenlabel.labeler.fit import place, resize
 from tokenlabel.labeler.generate import generate
 from tokenlabel.labeler.geometry import PaletteMaps, crop_view, sample_targets
 from tokenlabel.labeler.label_map import LabelMap, decode, encode, keep_mass
-from tokenlabel.labeler.label_set import LabelSet, remove_slice, write_index, write_slice
+from tokenlabel.labeler.label_set import LabelSet, remove_slices, write_index, write_slice
 from tokenlabel.labeler.orientation import find_geometry
 from tokenlabel.labeler.published import (
     BadLabelFile,
@@ -260,7 +260,7 @@ def test_a_broken_off_import_goes_on_and_gives_the_same_bytes(tmp_path):
     import_plain(tmp_path / "set", tmp_path / "whole", shard_size=3)
     import_plain(tmp_path / "set", tmp_path / "broken", shard_size=3)
     (tmp_path / "broken" / "index.json").unlink()
-    remove_slice(tmp_path / "broken", 2)
+    remove_slices(tmp_path / "broken", [2])
     kept = (tmp_path / "broken" / "labels-00001.tar").stat().st_mtime_ns
     import_plain(tmp_path / "set", tmp_path / "broken", shard_size=3)
     for path in (tmp_path / "whole").iterdir():

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 from packed import (
+    broken_off_at,
     files_of,
+    fill_disk,
     keys_of,
     labels_for,
     photo,
@@ -20,7 +22,6 @@ from packed import (
 from tokenlabel import cli
 from tokenlabel.labeler.label_set import LabelSet
 from tokenlabel.labeler.sources import ImageSource, open_source
-from tokenlabel.shards import writer as writer_module
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack
 from tokenlabel.shards.relabel import relabel
@@ -285,13 +286,7 @@ def test_a_full_disk_is_one_line_and_changes_nothing(
     in_place: bool,
 ):
     before = files_of(data.folder)
-    created = []
-
-    def create_on_full_disk(path: Path):
-        created.append(path)
-        return path.open("xb") if len(created) < 4 else Path("/dev/full").open("wb")
-
-    monkeypatch.setattr(writer_module, "create", create_on_full_disk)
+    fill_disk(monkeypatch, after=3)
     with pytest.raises(OSError, match=r"cannot write .*train-0\S+: No space left") as caught:
         relabel(data.folder, labels, out=None if in_place else tmp_path / "new")
     assert "\n" not in str(caught.value)
@@ -376,15 +371,10 @@ def test_killed_anywhere_a_relabel_can_be_run_again_and_no_reader_sees_a_mixture
 
 
 def test_a_pack_finishes_the_relabel_that_died_before_it(
-    data: ShardIndex, source: ImageSource, labels: LabelSet, monkeypatch: pytest.MonkeyPatch
+    data: ShardIndex, source: ImageSource, labels: LabelSet
 ):
-    def die(index: ShardIndex, split: str) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "_forget", die)
-        with pytest.raises(KeyboardInterrupt):
-            relabel(data.folder, labels, out=None)
+    with broken_off_at("_forget"):
+        relabel(data.folder, labels, out=None)
     assert read_index(data.folder).split("train").labels == data.split("train").labels
     pack(source, data.folder, split="test")
     index = read_index(data.folder)
@@ -414,16 +404,9 @@ def test_the_command_says_what_it_wrote(data: ShardIndex, source: ImageSource, t
     assert files_of(data.folder) == files_of(tmp_path / "new")
 
 
-def test_a_command_that_is_run_again_after_a_kill_says_so(
-    data: ShardIndex, labels: LabelSet, monkeypatch: pytest.MonkeyPatch
-):
-    def die(folder: Path) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "finish_publishing", die)
-        with pytest.raises(KeyboardInterrupt):
-            relabel(data.folder, labels, out=None)
+def test_a_command_that_is_run_again_after_a_kill_says_so(data: ShardIndex, labels: LabelSet):
+    with broken_off_at("finish_publishing"):
+        relabel(data.folder, labels, out=None)
     result = run(data.folder, "--labels", labels.folder, "--in-place")
     assert "made by an earlier run; its files are in their places now\n" in result.stdout
     assert verify(data.folder) == []

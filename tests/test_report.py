@@ -12,9 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from conftest import random_map
 from PIL import Image
 
+from tokenlabel import cli
 from tokenlabel.labeler.label_map import encode
 from tokenlabel.shards.index import (
     ShardEntry,
@@ -161,7 +163,7 @@ def write_run(
     (run / "metrics.jsonl").write_text(text if metrics is None else metrics)
     if checkpoint:
         torch.manual_seed(0)
-        model = create_model(recipe.model)
+        model = create_model(recipe.model, dense=recipe.labels.dense_weight > 0)
         content = Checkpoint(
             recipe=to_toml(recipe), class_ids=ids, class_names=CLASS_NAMES, grid=model.grid,
             step=40, model=model.state_dict(),
@@ -228,6 +230,20 @@ def test_a_run_on_class_labels_gets_a_report_without_maps(tmp_path: Path):
     assert "class labels alone" in found.words
     assert "Teacher" not in found.captions
     assert found.captions.count("Student") == 3
+
+
+@pytest.mark.parametrize("dense_weight", [1.0, 0.0])
+def test_a_run_of_a_timm_model_gets_a_report(tmp_path: Path, dense_weight: float):
+    changes = ["model.name=test_vit", f"labels.dense_weight={dense_weight}"]
+    text = to_toml(RECIPE).partition("\n[model.kwargs]")
+    recipe = parse_recipe(text[0] + text[2][text[2].index("\n[augment]") :], changes)
+    run = write_run(tmp_path, recipe=recipe)
+    done = CliRunner().invoke(cli.train, ["report", str(run)])
+    assert (done.exit_code, done.output) == (0, f"{run / 'report.html'}\n")
+    found = Reader(run / "report.html")
+    assert found.captions.count("Token targets, 2 × 2") == 3
+    assert found.captions.count("Student") == 3 + 2
+    assert ("Its colours show its dense head" in found.words) == (dense_weight > 0)
 
 
 def test_a_run_that_has_only_begun_gets_a_report(tmp_path: Path):

@@ -23,10 +23,13 @@ from tokenlabel.labeler.teacher import (
     as_teacher,
     fold_standardization,
     load_teacher,
-    read_checkpoint,
+    load_timm,
+    read_weights,
     resolve_device,
     round_to_stride,
 )
+from tokenlabel.trainer.checkpoint import Checkpoint, save
+from tokenlabel.trainer.recipe import parse_recipe, to_toml
 
 CPU = torch.device("cpu")
 
@@ -391,6 +394,126 @@ def test_tensors_of_another_shape_are_named_with_both_shapes(tmp_path):
         load(tmp_path / "weights.pth")
 
 
+# ------------------------------------------------------------------------ checkpoints of tl-train
+
+RECIPE = """
+[model]
+name = "{name}"
+num_classes = 3
+image_size = {size}
+kwargs = {kwargs}
+[augment]
+mean = [0.5, 0.4, 0.3]
+std = [0.1, 0.2, 0.3]
+[evaluation]
+interpolation = "bilinear"
+"""
+
+
+def save_trained(
+    path: Path,
+    model: Any,
+    *,
+    name: str = "test_resnet",
+    size: str = "96",
+    kwargs: str = "{}",
+    **more,
+) -> Path:
+    """Write a checkpoint with the trainer's own functions."""
+    recipe = parse_recipe(RECIPE.format(name=name, size=size, kwargs=kwargs))
+    checkpoint = Checkpoint(
+        recipe=to_toml(recipe),
+        class_ids=["n1", "n2", "n3"],
+        class_names=["an ant", "a bee", "n3"],
+        grid=(3, 3),
+        step=7,
+        model=model.state_dict(),
+        **more,
+    )
+    save(checkpoint, path)
+    return path
+
+
+def without_first_bias(model: Any) -> dict[str, Tensor]:
+    """Other weights of the same model."""
+    return {name: value * (name != "fc.bias") for name, value in model.state_dict().items()}
+
+
+def test_a_teacher_that_was_trained_here_sees_and_names_things_as_in_training(tmp_path):
+    path = save_trained(tmp_path / "best.pt", small_model(num_classes=3))
+    teacher = load_teacher("test_resnet", checkpoint=path, device="cpu")
+    assert (teacher.num_classes, teacher.image_size, teacher.interpolation) == (3, 96, "bilinear")
+    assert (teacher.mean, teacher.std) == ((0.5, 0.4, 0.3), (0.1, 0.2, 0.3))
+    assert teacher.class_ids == ["n1", "n2", "n3"]
+    assert teacher.class_names == ["an ant", "a bee", "n3"]
+    assert (
+        load_teacher("test_resnet", checkpoint=path, image_size=64, device="cpu").image_size == 64
+    )
+
+
+@pytest.mark.parametrize(
+    ("has_average", "best", "ema", "kind", "said"),
+    [
+        (True, None, None, "ema", "averaged"),
+        (False, None, None, "raw", "raw"),
+        (True, {"step": 7, "weights": "raw"}, None, "raw", "raw"),
+        (True, {"step": 7, "weights": "ema"}, None, "ema", "averaged"),
+        (True, {"step": 5, "weights": "raw"}, None, "ema", "averaged"),
+        (True, None, False, "raw", "raw"),
+    ],
+)
+def test_the_better_weights_are_taken_and_one_line_says_which(
+    tmp_path, caplog, has_average, best, ema, kind, said
+):
+    caplog.set_level(logging.INFO)
+    model = small_model(num_classes=3)
+    nn.init.ones_(model.fc.bias)
+    average = without_first_bias(model) if has_average else None
+    path = save_trained(tmp_path / "best.pt", model, ema=average, best=best)
+    loaded = load_timm("test_resnet", checkpoint=path, ema=ema)
+    assert loaded.weights == kind
+    assert loaded.model.get_parameter("fc.bias").sum() == (0 if kind == "ema" else 3)
+    assert f"best.pt: taking the {said} weights of step 7 of test_resnet" in caplog.text
+
+
+def test_a_trained_model_is_built_with_the_arguments_and_the_size_of_its_recipe(tmp_path):
+    options: dict[str, Any] = {"num_classes": 3, "class_token": False, "global_pool": "avg"}
+    model = create("test_vit", img_size=96, **options)
+    kwargs = '{ class_token = false, global_pool = "avg" }'
+    path = save_trained(tmp_path / "best.pt", model, name="test_vit", kwargs=kwargs)
+    loaded = load_timm("test_vit", checkpoint=path)
+    images = torch.rand(1, 3, 96, 96)
+    with torch.inference_mode():
+        assert_close(loaded.model.eval()(images), model.eval()(images))
+
+
+def test_the_dense_head_of_a_student_is_left_out_of_a_teacher(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    model = small_model(num_classes=3)
+    path = tmp_path / "best.pt"
+    with_head = small_model(num_classes=3)
+    with_head.aux_head = nn.Linear(4, 3)
+    save_trained(path, with_head)
+    weights = load_timm("test_resnet", checkpoint=path).model.state_dict()
+    assert weights.keys() == model.state_dict().keys()
+    assert "its class head labels the cells, its dense head is left out" in caplog.text
+
+
+def test_a_checkpoint_that_was_trained_as_another_model_is_refused_by_name(tmp_path):
+    path = save_trained(tmp_path / "best.pt", small_model(num_classes=3), name="lvvit_t")
+    with pytest.raises(ValueError, match="best.pt was trained as lvvit_t, not as test_resnet"):
+        load(path)
+
+
+def test_a_checkpoint_of_tl_train_that_lacks_something_is_refused(tmp_path):
+    path = save_trained(tmp_path / "best.pt", small_model(num_classes=3))
+    content = torch.load(path, weights_only=True)
+    for name in ("recipe", "ema", "class_ids"):
+        torch.save({key: value for key, value in content.items() if key != name}, path)
+        with pytest.raises(ValueError, match=f"best.pt lacks what tl-train writes: '{name}'"):
+            load(path)
+
+
 class _Payload:
     """Unpickling this would make the file."""
 
@@ -404,36 +527,36 @@ class _Payload:
 def test_code_in_a_checkpoint_is_not_run(tmp_path):
     torch.save({"model": _Payload(tmp_path / "was_run")}, tmp_path / "weights.pth")
     with pytest.raises(ValueError, match="holds Python objects besides tensors"):
-        read_checkpoint(tmp_path / "weights.pth")
+        read_weights(tmp_path / "weights.pth")
     assert not (tmp_path / "was_run").exists()
 
 
 def test_files_that_are_no_checkpoints_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError):
-        read_checkpoint(tmp_path / "nowhere.pth")
+        read_weights(tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError):
-        read_checkpoint(tmp_path / "nowhere.safetensors")
+        read_weights(tmp_path / "nowhere.safetensors")
     with pytest.raises(IsADirectoryError, match="is a folder; give the file in it"):
-        read_checkpoint(tmp_path)
+        read_weights(tmp_path)
     (tmp_path / "text.pth").write_text("these are no weights")
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.safetensors").write_text("these are no weights")
     for name in ("text.pth", "empty.pth", "text.safetensors"):
         with pytest.raises(ValueError, match=f"{name} is damaged"):
-            read_checkpoint(tmp_path / name)
+            read_weights(tmp_path / name)
 
 
 def test_a_torn_checkpoint_is_refused(tmp_path):
     path = save_weights(tmp_path, small_model())
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(ValueError, match="weights.pth is damaged"):
-        read_checkpoint(path)
+        read_weights(path)
 
 
 def test_checkpoints_that_hold_something_else_are_refused(tmp_path):
     torch.save([torch.zeros(1)], tmp_path / "list.pth")
     with pytest.raises(ValueError, match="holds no weights but list"):
-        read_checkpoint(tmp_path / "list.pth")
+        read_weights(tmp_path / "list.pth")
     torch.save({"epoch": 3, "optimizer": {}}, tmp_path / "dict.pth")
     with pytest.raises(ValueError, match=r"holds more than tensors \(epoch, optimizer\)"):
-        read_checkpoint(tmp_path / "dict.pth")
+        read_weights(tmp_path / "dict.pth")

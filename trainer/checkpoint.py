@@ -31,11 +31,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import safetensors
+import safetensors.torch
 import torch
+from timm.layers.pos_embed import resample_abs_pos_embed
 from torch import Tensor
 
-from .models import create_model
+from .models import MODELS, Student, architecture, create_model, guess_name, head_names
 from .models.lvvit import LVViT, resize_pos_embed, unwrap_state_dict
+from .models.t2t_vit import T2TViT, add_dense_head
+from .models.token_labeled import DENSE_HEAD, TokenLabeled
 from .recipe import ModelConfig, Recipe, parse_recipe
 
 FORMAT = "tokenlabel-checkpoint"
@@ -72,20 +77,31 @@ class LoadReport:
     """Which weights of the file: "raw", "ema", or "published" for files of others."""
     resized: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    """Heads of another class count."""
+    begun: tuple[str, ...] = ()
+    """The dense head where the file has none."""
+    unused: tuple[str, ...] = ()
+    """The dense head where the model has none."""
 
     def __str__(self) -> str:
         changes = [f"{', '.join(names)} {verb}" for names, verb in self._changes() if names]
         return f"{self.path}: {self.weights} weights loaded; {'; '.join(changes) or 'all fit'}"
 
     def _changes(self) -> list[tuple[tuple[str, ...], str]]:
-        return [(self.resized, "resized"), (self.dropped, "dropped (other class count)")]
+        return [
+            (self.resized, "resized"),
+            (self.dropped, "dropped (other class count)"),
+            (self.begun, "begun anew (not in the file)"),
+            (self.unused, "left out (the model has no dense head)"),
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainedModel:
     """A model ready to use, and what its checkpoint says about it."""
 
-    model: LVViT
+    model: Student
+    name: str
     report: LoadReport
     recipe: Recipe | None
     """None for published files, which hold no recipe."""
@@ -162,8 +178,8 @@ def read(path: Path) -> Checkpoint:
         FileNotFoundError: No such file.
         ValueError: The file is torn, foreign or of another version; the message says which.
     """
-    content = _read_content(path)
-    if content.get("format") != FORMAT:
+    content = read_content(path)
+    if not is_ours(content):
         raise ValueError(
             f"{path} is not a tokenlabel checkpoint; it was written by another program"
         )
@@ -179,9 +195,25 @@ def latest(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder} holds no checkpoint (last.pt or step-N.pt) to resume from")
 
 
-def _read_content(path: Path) -> Mapping[str, Any]:
+def is_ours(content: Mapping[str, Any]) -> bool:
+    """Tell whether a file's content was written by `save`, in whatever version."""
+    return content.get("format") == FORMAT
+
+
+def read_content(path: Path) -> Mapping[str, Any]:
+    """Read what a checkpoint file holds, ours or another program's; code in it is never run.
+
+    Raises:
+        FileNotFoundError: No such file.
+        ValueError: The file is damaged, or holds other things than tensors and plain values.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {path} does not exist")
+    if path.suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{path} is torn or not a safetensors file: {error}") from error
     with path.open("rb") as file:
         _refuse_damage(path)
         try:
@@ -230,7 +262,7 @@ def _to_checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
 
 
 def load_weights(
-    model: LVViT, path: Path, *, ema: bool | None = None, new_heads: bool = False
+    model: Student, path: Path, *, ema: bool | None = None, new_heads: bool = False
 ) -> LoadReport:
     """Load the weights of a checkpoint, ours or published, into a model.
 
@@ -241,13 +273,14 @@ def load_weights(
         path: Our checkpoint, or a state dict, bare or nested, perhaps prefixed "module.".
         ema: Whether averaged weights are taken where the file has both; left out, those that
             were better when the file was saved as the best, otherwise the averaged ones.
-        new_heads: Whether heads of another class count are left out, so that the model keeps its
-            own, instead of being an error.
+        new_heads: Whether the model keeps its own heads where those of the file have another class
+            count, and a timm model its own dense head where the file has none, instead of this
+            being an error.
 
     Raises:
         ValueError: Anything missing, unexpected or of another shape, with its names.
     """
-    return _fill(model, _read_content(path), path, ema=ema, new_heads=new_heads)
+    return _fill(model, read_content(path), path, ema=ema, new_heads=new_heads)
 
 
 def load_model(
@@ -260,35 +293,40 @@ def load_model(
     """Build the model that a checkpoint was trained as and load its weights.
 
     Args:
-        path: Our checkpoint, or a published file.
-        name: The model's name; only published files need it, ours know.
+        path: Our checkpoint, or a published file of a model of ours.
+        name: The model's name. Our files know it, the published ones show it by their shapes.
         image_size: Pixels to build the model for; left out, those of the checkpoint.
         ema: Whether averaged weights are taken where the file has both; left out, those that
             were better when the file was saved as the best, otherwise the averaged ones.
 
     Raises:
-        ValueError: A published file without `name`, or whatever `load_weights` refuses.
+        ValueError: A file that does not say which model it holds, or whatever `load_weights`
+            refuses.
     """
-    content = _read_content(path)
-    if content.get("format") != FORMAT:
-        if name is None:
-            raise ValueError(f"{path} does not say which model it holds; name it, e.g. lvvit_s")
+    content = read_content(path)
+    if not is_ours(content):
         config = _published_config(content, name, image_size, path)
         model = create_model(config)
         report = _fill(model, content, path, ema=ema, new_heads=False)
         return TrainedModel(
-            model=model, report=report, recipe=None, class_ids=None, class_names=None
+            model=model,
+            name=config.name,
+            report=report,
+            recipe=None,
+            class_ids=None,
+            class_names=None,
         )
     checkpoint = _to_checkpoint(content, path)
     recipe = parse_recipe(checkpoint.recipe)
-    if name not in (None, recipe.model.name):
+    if name is not None and architecture(name) != architecture(recipe.model.name):
         raise ValueError(f"{path} holds {recipe.model.name}, not {name}")
     config = recipe.model
     if image_size is not None:
         config = dataclasses.replace(config, image_size=image_size)
-    model = create_model(config)
+    model = create_model(config, dense=recipe.labels.dense_weight > 0)
     return TrainedModel(
         model=model,
+        name=config.name,
         report=_fill(model, content, path, ema=ema, new_heads=False),
         recipe=recipe,
         class_ids=checkpoint.class_ids,
@@ -297,12 +335,22 @@ def load_model(
 
 
 def _published_config(
-    content: Mapping[str, Any], name: str, image_size: int | tuple[int, int] | None, path: Path
+    content: Mapping[str, Any],
+    name: str | None,
+    image_size: int | tuple[int, int] | None,
+    path: Path,
 ) -> ModelConfig:
-    """Read the class count, and the resolution unless given, off the shapes of the weights."""
+    """Read model, class count and, unless given, resolution off the shapes of the weights."""
     weights = unwrap_state_dict(content)
+    name = name or guess_name(weights)
+    if name is None:
+        raise ValueError(
+            f"{path} does not show which model it is for: it is neither a checkpoint of tl-train "
+            "nor a published LV-ViT or T2T-ViT; name its architecture, e.g. --model resnet50"
+        )
     if not {"head.bias", "pos_embed"} <= set(weights):
-        raise ValueError(f"{path} is not an LV-ViT: it has no head.bias or no pos_embed")
+        kind = ", ".join(MODELS)
+        raise ValueError(f"{path} is none of {kind}: it has no head.bias or no pos_embed")
     square_px = 16 * math.isqrt(weights["pos_embed"].shape[1] - 1)
     return ModelConfig(
         name=name, num_classes=len(weights["head.bias"]), image_size=image_size or square_px
@@ -310,20 +358,45 @@ def _published_config(
 
 
 def _fill(
-    model: LVViT, content: Mapping[str, Any], path: Path, *, ema: bool | None, new_heads: bool
+    model: Student, content: Mapping[str, Any], path: Path, *, ema: bool | None, new_heads: bool
 ) -> LoadReport:
-    is_ours = content.get("format") == FORMAT
-    ema = _prefers_ema(content) if ema is None else ema
-    weights = unwrap_state_dict(content, ema=ema)
-    if not all(isinstance(value, Tensor) for value in weights.values()):
-        raise ValueError(f"{path} holds no weights: not all of its values are tensors")
-    kind = ("ema" if ema and content["ema"] else "raw") if is_ours else "published"
-    # Published files do not say their grid; it is square.
-    resized = _fit_pos_embed(weights, model, tuple(content["grid"]) if is_ours else None)
+    weights, kind = _choose(content, path, ema)
+    begun: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
+    old_grid = None  # published files do not say their grid; it is square
+    if is_ours(content):
+        rows, cols = content["grid"]
+        old_grid = (rows, cols)
+    if isinstance(model, TokenLabeled):
+        resized = _fit_timms_pos_embed(weights, model, old_grid)
+        if new_heads:
+            begun, unused = _fit_dense_head(weights, model)
+    else:
+        resized = _fit_pos_embed(weights, model, old_grid)
+        if isinstance(model, T2TViT) and kind == "published":
+            begun = add_dense_head(weights)
     dropped = _fit_heads(weights, model, path, new_heads)
     _refuse_misfit(weights, model.state_dict(), path)
     model.load_state_dict(weights)
-    return LoadReport(path=path, weights=kind, resized=resized, dropped=dropped)
+    return LoadReport(
+        path=path, weights=kind, resized=resized, dropped=dropped, begun=begun, unused=unused
+    )
+
+
+def _choose(content: Mapping[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Any], str]:
+    """Take averaged or raw weights out of a file's content, and say which they are."""
+    if not is_ours(content):
+        weights = unwrap_state_dict(content, ema=ema is not False)
+        kind = "published"
+    else:
+        if ema and not content["ema"]:
+            raise ValueError(f"{path} holds no averaged weights; take the raw ones")
+        kind = "ema" if (_prefers_ema(content) if ema is None else ema) else "raw"
+        kind = kind if content["ema"] else "raw"
+        weights = dict(content["ema"] if kind == "ema" else content["model"])
+    if not all(isinstance(value, Tensor) for value in weights.values()):
+        raise ValueError(f"{path} holds no weights: not all of its values are tensors")
+    return weights, kind
 
 
 def _fit_pos_embed(
@@ -339,26 +412,68 @@ def _fit_pos_embed(
     return ("pos_embed",)
 
 
+def _fit_timms_pos_embed(
+    weights: dict[str, Any], model: TokenLabeled, old_grid: tuple[int, int] | None
+) -> tuple[str, ...]:
+    """Resize position embeddings of ViT's shape (1, tokens, d) and VOLO's (1, rows, cols, d)."""
+    old, own = weights.get("pos_embed"), model.state_dict().get("pos_embed")
+    if old is None or own is None or old.ndim != own.ndim:
+        return ()
+    if old.shape == own.shape and old_grid in (None, model.grid):
+        return ()
+    if own.ndim == 4:
+        grid_size = list(old.shape[1:3])
+        flat = resample_abs_pos_embed(
+            old.flatten(1, 2), list(model.grid), grid_size, num_prefix_tokens=0
+        )
+        weights["pos_embed"] = flat.unflatten(1, model.grid)
+        return ("pos_embed",)
+    num_prefix = own.shape[1] - math.prod(model.grid)
+    side = math.isqrt(max(0, old.shape[1] - num_prefix))
+    grid_size = list(old_grid or (side, side))
+    if not 0 <= num_prefix == old.shape[1] - math.prod(grid_size):
+        return ()  # no grid at all: refused later
+    weights["pos_embed"] = resample_abs_pos_embed(
+        old, list(model.grid), grid_size, num_prefix_tokens=num_prefix
+    )
+    return ("pos_embed",)
+
+
+def _fit_dense_head(
+    weights: dict[str, Any], model: TokenLabeled
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Give weights the dense head that the model has, or none; return what was added, removed."""
+    own = {k: v for k, v in model.state_dict().items() if k.startswith(f"{DENSE_HEAD}.")}
+    added = tuple(name for name in own if name not in weights)
+    weights |= {name: own[name] for name in added}
+    surplus = [k for k in weights if k.startswith(f"{DENSE_HEAD}.") and k not in own]
+    for name in surplus:
+        del weights[name]
+    return added, tuple(surplus)
+
+
 def _fit_heads(
-    weights: dict[str, Any], model: LVViT, path: Path, new_heads: bool
+    weights: dict[str, Any], model: Student, path: Path, new_heads: bool
 ) -> tuple[str, ...]:
     """Put the model's own heads in the place of those of another class count; return which."""
-    own = {k: v for k, v in model.state_dict().items() if k.startswith(("head.", "aux_head."))}
-    num_old = len(weights.get("head.bias", own["head.bias"]))
-    if num_old == model.num_classes:
+    heads = tuple(f"{name}." for name in head_names(model))
+    own = {name: value for name, value in model.state_dict().items() if name.startswith(heads)}
+    others = [
+        name for name in own if name in weights and weights[name].shape[:1] != own[name].shape[:1]
+    ]
+    if not others:
         return ()
     if not new_heads:
         raise ValueError(
-            f"{path} has {num_old} classes, the model {model.num_classes}; "
+            f"{path} has {len(weights[others[0]])} classes, the model {model.num_classes}; "
             "set model.num_classes to the file's, or start training from it with --init"
         )
-    replaced = tuple(name for name in own if name in weights)
-    weights |= {name: own[name] for name in replaced}
-    return replaced
+    weights |= {name: own[name] for name in others}
+    return tuple(others)
 
 
 def _prefers_ema(content: Mapping[str, Any]) -> bool:
-    best = content.get("best") if content.get("format") == FORMAT else None
+    best = content.get("best")
     return not best or best["step"] != content["step"] or best["weights"] == "ema"
 
 

@@ -3,7 +3,6 @@
 `evaluate` takes a model and batches; `evaluate_checkpoint` is the whole job behind tl-eval.
 """
 
-import difflib
 import logging
 import math
 import time
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
 
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Float64, Int64
@@ -22,22 +20,21 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from ..labeler import teacher
 from ..labeler.geometry import crop_view
 from ..labeler.images import BadImage, load_image
-from ..labeler.sources import CLASSES_FILE, ImageFolder, Sample, open_source
+from ..labeler.sources import CLASSES_FILE, ImageSource, Sample, open_source
+from ..labeler.teacher import load_timm
 from ..shards.index import INDEX_NAME, ShardIndex, read_index
 from . import checkpoint as checkpoint_file
 from .distributed import Place, from_all, join_processes, reduce
 from .feed import Batch, EvalFeed, default_num_threads
-from .models import MODELS
-from .models.lvvit import unwrap_state_dict
+from .models import check_name, is_own
+from .models.lvvit import LVViT
+from .published import fetch
 
 Precision = Literal["fp32", "bf16"]
 
 _logger = logging.getLogger(__name__)
-
-_LVVIT_OF_WIDTH = {240: "lvvit_t", 384: "lvvit_s", 512: "lvvit_m", 768: "lvvit_l"}
 
 
 class EvalResult(TypedDict):
@@ -93,7 +90,7 @@ class EvalReport:
     weights: str
     data: str
     split: str | None
-    """None for class folders."""
+    """None for images that are no data set of ours."""
     view: EvalView
     precision: Precision
     result: EvalResult
@@ -168,11 +165,12 @@ def _sums(logits: Float[Tensor, "b c"], classes: Int64[Tensor, " b"]) -> Float64
 
 
 def evaluate_checkpoint(
-    checkpoint: Path,
-    data: Path,
+    checkpoint: Path | str,
+    data: Path | str,
     *,
     split: str | None = None,
     classes: Path | None = None,
+    root: str | None = None,
     model: str | None = None,
     image_size: int | None = None,
     crop_pct: float | None = None,
@@ -185,10 +183,12 @@ def evaluate_checkpoint(
     """Evaluate a checkpoint on a data set, on one process or under torchrun.
 
     Args:
-        checkpoint: See load_for_eval.
-        data: Folder of dataset shards, or of class folders.
+        checkpoint: See load_for_eval; also a URL, or the name of published weights, see
+            find_weights.
+        data: Folder of dataset shards, or any source of images with classes, see open_source.
         split: Of the shards; left out: val.
-        classes: For class folders: a classes file elsewhere than in their root.
+        classes: For other sources: a classes file elsewhere than in their root.
+        root: Of a list: see open_source.
         model: See load_for_eval.
         image_size: Side in pixels; left out: the checkpoint's.
         crop_pct: Left out: the checkpoint's.
@@ -205,9 +205,13 @@ def evaluate_checkpoint(
     with join_processes(device) as place:
         if not place.is_main:
             logging.getLogger(__name__.partition(".")[0]).setLevel(logging.WARNING)
-        opened = _open_data(data, split, classes)
+        opened = _open_data(str(data), split, classes, root)
         loaded = load_for_eval(
-            checkpoint, model=model, image_size=image_size, crop_pct=crop_pct, ema=ema
+            fetch(str(checkpoint), place),
+            model=model,
+            image_size=image_size,
+            crop_pct=crop_pct,
+            ema=ema,
         )
         _check_classes(loaded, opened, data)
         feed: EvalFeed | FolderFeed
@@ -248,11 +252,14 @@ def evaluate_checkpoint(
         )
 
 
-def _open_data(data: Path, split: str | None, classes: Path | None) -> ShardIndex | ImageFolder:
-    if (data / INDEX_NAME).exists():
-        if classes is not None:
-            raise ValueError(f"--classes is for class folders; {data} holds dataset shards")
-        index = read_index(data)
+def _open_data(
+    data: str, split: str | None, classes: Path | None, root: str | None
+) -> ShardIndex | ImageSource:
+    if (Path(data) / INDEX_NAME).exists():
+        for option, value in (("--classes", classes), ("--root", root)):
+            if value is not None:
+                raise ValueError(f"{option} is for other sources; {data} holds dataset shards")
+        index = read_index(Path(data))
         index.split(split or "val")  # before a large checkpoint is read
         return index
     if split is not None:
@@ -260,11 +267,19 @@ def _open_data(data: Path, split: str | None, classes: Path | None) -> ShardInde
             f"--split {split} is for dataset shards, but {data} has no {INDEX_NAME}; for class "
             "folders give the split's own folder as --data"
         )
-    return open_source(data, classes=classes)
+    source = open_source(data, classes=classes, root=root)
+    if not source.num_classes:
+        raise ValueError(
+            f"{data} says of no image which class it has, so there is nothing to compare answers "
+            "with; give class folders, shards with .cls files, or a list of PATH,CLASS"
+        )
+    return source
 
 
-def _check_classes(loaded: EvalModel, opened: ShardIndex | ImageFolder, data: Path) -> None:
-    if isinstance(opened, ImageFolder):
+def _check_classes(loaded: EvalModel, opened: ShardIndex | ImageSource, data: Path | str) -> None:
+    if isinstance(opened, ImageSource):
+        if _is_numbered(opened) and opened.num_classes <= loaded.num_classes:
+            return  # the numbers are those of the model's outputs, of which the last may not occur
         advice = (
             f"write {CLASSES_FILE} into the folder, or give --classes FILE: one class folder's "
             "name a line, in the order of the model's outputs; it may name classes without a folder"
@@ -284,6 +299,11 @@ def _check_classes(loaded: EvalModel, opened: ShardIndex | ImageFolder, data: Pa
             )
 
 
+def _is_numbered(source: ImageSource) -> bool:
+    """Tell whether the source's classes are plain indices, as in shards and some lists."""
+    return source.class_ids == [str(number) for number in range(source.num_classes)]
+
+
 # --------------------------------------------------------------------------------- models
 
 
@@ -298,52 +318,48 @@ def load_for_eval(
     """Build the model of a checkpoint, load its weights, and find out what it wants to see.
 
     Args:
-        checkpoint: Our own, a published LV-ViT file, or weights of any timm model.
-        model: Name of the model. Our own files know it, LV-ViT files show it by their shapes.
+        checkpoint: Our own, a published LV-ViT or T2T-ViT file, or weights of any timm model.
+        model: Name of the model. Our own files know it, published ones of our models show it.
         image_size: Side in pixels instead of the one the weights are meant for.
         crop_pct: Part of the image's shorter side to see, instead of the model's own.
         ema: Whether averaged weights are taken where the file has both; left out: the better ones.
+            Files of timm models leave no choice.
 
     Raises:
         ValueError: Unknown model, a file that is torn or says nothing about its model, weights
             that are missing, unexpected or of another shape, with their names.
         OSError: If the file is not there.
     """
-    if model is None or model in MODELS:
-        loaded = _load_lvvit(checkpoint, model, image_size, ema)
+    if model is None or is_own(model):
+        loaded = _load_ours(checkpoint, model, image_size, ema)
     else:
-        loaded = _load_timm(checkpoint, model, image_size)
+        loaded = _load_timm(checkpoint, model, image_size, ema)
     if crop_pct is None:
         return loaded
     return replace(loaded, view=replace(loaded.view, crop_pct=crop_pct))
 
 
-def _load_lvvit(
-    path: Path, name: str | None, image_size: int | None, ema: bool | None
-) -> EvalModel:
-    if name is None:
-        name = _guess_lvvit(path)
+def _load_ours(path: Path, name: str | None, image_size: int | None, ema: bool | None) -> EvalModel:
+    """Load what tl-train trained, or a published file of a model of ours."""
     trained = checkpoint_file.load_model(path, name=name, image_size=image_size, ema=ema)
-    if trained.report.resized:
-        _logger.info("%s", trained.report)
     model, recipe = trained.model, trained.recipe
-    rows, cols = model.grid
-    size = (16 * rows, 16 * cols)  # all variants have patches of 16 px
+    if trained.report.resized or trained.report.begun:
+        _logger.info("%s", trained.report)
     if recipe is None:
-        view = replace(_timm_view(model), image_size=size)
+        assert isinstance(model, LVViT)
+        rows, cols = model.grid
+        view = replace(_timm_view(model), image_size=(16 * rows, 16 * cols))
     else:
-        name = recipe.model.name
         view = EvalView(
-            image_size=size,
+            image_size=(image_size, image_size) if image_size else recipe.model.image_hw,
             crop_pct=recipe.evaluation.crop_pct,
             interpolation=recipe.evaluation.interpolation,
             mean=recipe.augment.mean,
             std=recipe.augment.std,
         )
-    assert name is not None
     return EvalModel(
         model=model,
-        name=name,
+        name=trained.name,
         weights=trained.report.weights,
         view=view,
         num_classes=model.num_classes,
@@ -351,41 +367,25 @@ def _load_lvvit(
     )
 
 
-def _guess_lvvit(path: Path) -> str | None:
-    """Tell a published LV-ViT by its width; None for our own files, which know their model."""
-    content = checkpoint_file._read_content(path)
-    if content.get("format") == checkpoint_file.FORMAT:
-        return None
-    weights = unwrap_state_dict(content)
-    width = weights["pos_embed"].shape[-1] if {"pos_embed", "aux_head.bias"} <= set(weights) else 0
-    if width not in _LVVIT_OF_WIDTH:
+def _load_timm(path: Path, name: str, image_size: int | None, ema: bool | None) -> EvalModel:
+    """Load weights of a timm model, whoever trained it."""
+    check_name(name)
+    loaded = load_timm(name, checkpoint=path, image_size=image_size, ema=ema)
+    if ema is not None and loaded.weights == "published":
         raise ValueError(
-            f"{path} does not show which model it is for: it is neither a checkpoint of tl-train "
-            "nor a published LV-ViT; name its architecture, e.g. --model resnet50"
+            f"--ema and --raw choose between the weights in a file of tl-train or LV-ViT; {path} "
+            "is of another program (where it holds averaged weights, they are taken)"
         )
-    return _LVVIT_OF_WIDTH[width]
-
-
-def _load_timm(path: Path, name: str, image_size: int | None) -> EvalModel:
-    if not timm.is_model(name):
-        known = [*MODELS, *timm.list_models()]
-        close = difflib.get_close_matches(name.partition(".")[0], known, n=3)
-        hint = f"; did you mean {', '.join(close)}?" if close else ""
-        raise ValueError(f"unknown model {name!r}{hint}; known: {', '.join(MODELS)} and timm's")
-    weights = teacher.read_checkpoint(path)
-    num_classes = teacher._num_classes(name, weights)
-    model = teacher._create(name, image_size, num_classes=num_classes)
-    teacher._load(model, weights, path)
-    view = _timm_view(model)
+    view = _timm_view(loaded.model)
     if image_size is not None:
         view = replace(view, image_size=(image_size, image_size))
     return EvalModel(
-        model=model,
+        model=loaded.model,
         name=name,
-        weights="published",
+        weights=loaded.weights,
         view=view,
-        num_classes=num_classes or model.num_classes,  # pyright: ignore[reportArgumentType]
-        class_ids=None,
+        num_classes=loaded.num_classes,
+        class_ids=loaded.class_ids,
     )
 
 
@@ -418,7 +418,7 @@ class FolderFeed:
 
     def __init__(
         self,
-        source: ImageFolder,
+        source: ImageSource,
         view: EvalView,
         *,
         batch_size: int,
@@ -467,7 +467,7 @@ class _Photo(NamedTuple):
 
 
 class _Photos(Dataset[_Photo]):
-    def __init__(self, source: ImageFolder, samples: list[Sample], view: EvalView) -> None:
+    def __init__(self, source: ImageSource, samples: list[Sample], view: EvalView) -> None:
         self._source, self._samples, self._view = source, samples, view
         height, width = view.image_size
         self._transform: Any = create_transform(

@@ -1,9 +1,10 @@
 """The feed: dataset shards → batches of images, the views that made them, and their label maps.
 
 One pipeline definition serves CPU and GPU. Files are read and JPEGs decoded on the CPU in both
-cases, only the region of the crop; what follows runs where the batch is wanted. Every random choice
-but the crop is drawn here in numpy from (seed, rank, number of the batch), so it needs no state,
-is the same on every device, and is known to the code that builds the view. docs/feed.md has more.
+cases, only the region of the crop; what follows runs where the batch is wanted: resize, colour
+jitter and flip in DALI, RandAugment and erasing in torch. Every random choice but the crop is drawn
+in numpy from (seed, number of the batch, place in it), so it needs no state, is the same on every
+device, and is known to the code that builds the view. docs/feed.md has more.
 """
 
 import math
@@ -17,8 +18,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float32, Int32, Int64, Num, UInt64
-from numpy.random import Generator, Philox, SeedSequence
+from jaxtyping import Bool, Float32, Int32, Int64, Num, UInt8, UInt64
+from numpy.random import SeedSequence
 from nvidia.dali import fn as _dali_fn
 from nvidia.dali import math as dali_math
 from nvidia.dali.data_node import DataNode
@@ -29,20 +30,27 @@ from torch import Tensor
 from ..labeler.geometry import PaletteMaps, compose, crop_view, flip_view
 from ..labeler.label_map import LabelMapError, decode, decode_batch
 from ..shards.index import ShardIndex
+from .augment_draws import (
+    COLOR_NUMBERS,
+    ERASING_NUMBERS,
+    LAYER_NUMBERS,
+    Layers,
+    draw_colors,
+    draw_erased,
+    draw_layers,
+    layer_views,
+    uniforms,
+)
+from .rand_augment import apply_layers
 from .recipe import AugmentConfig
 
 SHUFFLE_BUFFER = 4096
 """Samples among which the next one is drawn. They wait in the mapped files, not in memory."""
 
-ERASED_AREA = (0.02, 1 / 3)
-ERASED_RATIO = (0.3, 1 / 0.3)
-"""Random erasing's rectangle, as fraction of the crop and as height / width; timm's defaults."""
-
 fn: Any = _dali_fn  # its stubs call every result one node or a list of nodes or None
 
-_STATE_VERSION = 1
+_STATE_VERSION = 2
 _READER = "reader"
-_NUM_TRIES = 10
 _LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _FILTERS = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
 _UNDECODABLE = re.compile(r"Failed to decode sample #\d+ : (.*)")
@@ -61,6 +69,9 @@ class Batch:
     maps: PaletteMaps | None
     """Label maps of the whole images; None where the feed was built without labels."""
     keys: list[str]
+    frames: Float32[Tensor, "b f 2 3"] | None = None
+    """Crop unit square → unit square of each RandAugment layer's input. A point outside one of them
+    shows the fill, not the image. None without RandAugment."""
 
 
 def default_num_threads() -> int:
@@ -133,6 +144,8 @@ class TrainFeed:
             )
         self._index, self._split = index, split
         self._augment, self._image_size = augment, image_size
+        red, green, blue = (min(255, round(255 * value)) for value in augment.mean)
+        self._fill = (red, green, blue)
         self._batch_size, self._device = batch_size, _with_index(torch.device(device))
         self._stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._identity = {
@@ -148,12 +161,12 @@ class TrainFeed:
         if state is not None:
             _check_state(state, self._identity)
         self._num_batches: int = 0 if state is None else state["num_batches"]
-        choice_seeds, reader_seeds = SeedSequence([seed, rank]).spawn(2)
-        reader_seed, crop_seed = reader_seeds.generate_state(2).tolist()
-        shard_seed = SeedSequence(seed).generate_state(1).tolist()[0]  # the same on all ranks
-        self._choose = _Chooser(
-            augment, image_size, batch_size, choice_seeds.generate_state(2, np.uint64)
-        )
+        reader_seed, crop_seed = SeedSequence([seed, rank]).generate_state(2).tolist()
+        common_seeds = SeedSequence(seed)  # the same on all ranks
+        shard_seed = common_seeds.generate_state(1).tolist()[0]
+        key = common_seeds.spawn(1)[0].generate_state(2, np.uint64)
+        samples = range(rank * batch_size, (rank + 1) * batch_size)
+        self._choose = _Chooser(augment, image_size, samples, key)
         self._pipeline = _train_pipeline(
             index,
             split,
@@ -180,7 +193,7 @@ class TrainFeed:
         )
         _build(self._pipeline, index, split)
         self._checkpoint: bytes = self._pipeline.checkpoint()
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="feed")
+        self._worker = _single_threaded_worker()
         self._ahead: Future[tuple[Batch, bytes]] = self._worker.submit(
             self._produce, self._num_batches
         )
@@ -213,21 +226,30 @@ class TrainFeed:
         chosen = self._choose.take(num)
         keys, shards = _sources(classes, self._index.folder)
         class_indices = _class_indices(classes, keys, shards, self._index.num_classes)
-        maps = _decode_labels(labels[0], keys, shards) if labels else None
+        dictionary = self._index.split(self._split).dictionary
+        maps = _decode_labels(labels[0], keys, shards, dictionary) if labels else None
         crops = crop_view(_boxes(starts.as_array(), extents.as_array(), shapes.as_array()))
         views = compose(crops, flip_view(torch.from_numpy(chosen.flips)))
+        frames = None
+        if chosen.layers:
+            layers = layer_views(chosen.layers, self._image_size).astype(np.float32)
+            frames = _frames([torch.from_numpy(layer) for layer in layers])
+            views = compose(views, frames[:, 0])
         with torch.cuda.stream(self._stream):
             pixels = torch.from_dlpack(images.as_tensor())
             if self._stream is not None:
                 pixels = pixels.clone()  # DALI reuses GPU memory in its own order, torch in torch's
-            noise = torch.Generator(self._device).manual_seed(chosen.noise_seed)
-            _erase(pixels, chosen.erased, noise)
+            if chosen.layers:
+                apply_layers(pixels, chosen.layers, fill=self._fill)
+            normalized = _normalize(pixels, self._augment.mean, self._augment.std)
+            _erase(normalized, chosen.erased, chosen.noise_seeds)
             batch = Batch(
-                images=pixels,
+                images=normalized,
                 classes=class_indices.to(self._device),
                 views=views.to(self._device),
                 maps=None if maps is None else maps.to(self._device),
                 keys=keys,
+                frames=None if frames is None else frames.to(self._device),
             )
         if self._stream is not None:
             self._stream.synchronize()
@@ -349,21 +371,23 @@ class _Draw:
     flips: Bool[np.ndarray, " b"]
     interpolations: Int32[np.ndarray, " b"]
     """DALI's numbers of the filters."""
-    brightness: Float32[np.ndarray, "b 4"]
-    contrast: Float32[np.ndarray, "b 4"]
-    """Factors of brightness and contrast at each of four places, two before and two after
-    saturation; 1 where the sample's random order has no such step at this place."""
-    saturation: Float32[np.ndarray, "b 3 3"]
-    """Colour matrices."""
+    colors: tuple[
+        Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 3 3"]
+    ]
+    """Brightness, contrast and saturation of colour jitter, as draw_colors has them."""
+    layers: Layers | None
+    """What RandAugment does; None where it is off."""
     erased: Int64[np.ndarray, "b 4"]
     """(top, left, height, width) in pixels of the crop; height 0 where nothing is erased."""
-    noise_seed: int
+    noise_seeds: Int64[np.ndarray, " b"]
+    """Of the noise in each rectangle."""
 
     def for_dali(self, *, with_colors: bool) -> list[np.ndarray]:
         """List the arrays in the order in which _train_pipeline takes them."""
         arrays = [self.flips.astype(np.int32), self.interpolations]
         if with_colors:
-            arrays += [self.saturation, *self.brightness.T.copy(), *self.contrast.T.copy()]
+            brightness, contrast, saturation = self.colors
+            arrays += [saturation, *brightness.T.copy(), *contrast.T.copy()]
         return arrays
 
 
@@ -374,66 +398,38 @@ class _Chooser:
         self,
         config: AugmentConfig,
         image_size: tuple[int, int],
-        batch_size: int,
+        samples: range,
         key: UInt64[np.ndarray, "2"],
     ) -> None:
-        self._config, self._image_size, self._batch_size = config, image_size, batch_size
+        self._config, self._image_size, self._samples = config, image_size, samples
         self._key = key
         self._ahead: dict[int, _Draw] = {}
 
     def __call__(self, num: int) -> list[np.ndarray]:
         """Choose for batch number num; a pure function of it and of what the chooser was given."""
-        random = Generator(Philox(key=self._key, counter=[0, 0, 0, num]))
-        config, size = self._config, self._batch_size
-        kinds = ("bilinear", "bicubic") if config.interpolation == "random" else None
-        filters = [_FILTERS[kind].value for kind in kinds or (config.interpolation,)]
-        brightness, contrast, saturation = _draw_colors(random, config.color_jitter, size)
-        self._ahead[num] = _Draw(
-            flips=random.random(size) < config.hflip,
-            interpolations=random.choice(np.array(filters, np.int32), size),
-            brightness=brightness,
-            contrast=contrast,
-            saturation=saturation,
-            erased=_draw_erased(random, config.random_erasing, self._image_size, size),
-            noise_seed=int(random.integers(2**63)),
-        )
-        return self._ahead[num].for_dali(with_colors=config.color_jitter > 0)
+        self._ahead[num] = self._draw(num)
+        return self._ahead[num].for_dali(with_colors=self._config.jitter > 0)
 
     def take(self, num: int) -> _Draw:
         """Return the choices made for a batch and forget them."""
         return self._ahead.pop(num)
 
-
-def _draw_colors(
-    random: Generator, strength: float, size: int
-) -> tuple[Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 3 3"]]:
-    """Draw torchvision's ColorJitter: three factors and their order, as four steps around one."""
-    factors = random.uniform(1 - strength, 1 + strength, (size, 3)).astype(np.float32)
-    # Rank of brightness, contrast and saturation in the sample's order.
-    rank = random.random((size, 3)).argsort(1).argsort(1)
-    place = rank[:, :2] + (rank[:, :2] > rank[:, 2:])
-    brightness, contrast = np.ones((2, size, 4), np.float32)
-    brightness[np.arange(size), place[:, 0]] = factors[:, 0]
-    contrast[np.arange(size), place[:, 1]] = factors[:, 1]
-    amount = factors[:, 2, None, None]
-    return brightness, contrast, amount * np.eye(3, dtype=np.float32) + (1 - amount) * _LUMA
-
-
-def _draw_erased(
-    random: Generator, probability: float, image_size: tuple[int, int], size: int
-) -> Int64[np.ndarray, "b 4"]:
-    """Draw random erasing's rectangles as timm does: the first of ten that fits, if any."""
-    limits = np.array(image_size)
-    area = random.uniform(*ERASED_AREA, (size, _NUM_TRIES)) * limits.prod()
-    low, high = np.log(ERASED_RATIO)
-    ratio = np.exp(random.uniform(low, high, (size, _NUM_TRIES)))
-    sides = np.rint(np.sqrt(np.stack([area * ratio, area / ratio], 2))).astype(np.int64)
-    fits = np.all(sides < limits, axis=2)
-    chosen = sides[np.arange(size), fits.argmax(1)]
-    wanted = (random.random(size) < probability) & np.any(fits, axis=1)
-    chosen = np.where(wanted[:, None], chosen, 0)
-    corner = np.floor(random.random((size, 2)) * (limits - chosen + 1)).astype(np.int64)
-    return np.concatenate([corner, chosen], 1)
+    def _draw(self, num: int) -> _Draw:
+        config, policy = self._config, self._config.policy
+        layer_numbers = policy.num_layers * LAYER_NUMBERS if policy else 0
+        widths = (3, COLOR_NUMBERS, ERASING_NUMBERS, layer_numbers)
+        numbers = uniforms(self._key, num, self._samples, sum(widths))
+        own, color, erasing, layers = np.split(numbers, np.cumsum(widths)[:-1], axis=1)
+        kinds = ("bilinear", "bicubic") if config.interpolation == "random" else None
+        filters = np.array([_FILTERS[k].value for k in kinds or (config.interpolation,)], np.int32)
+        return _Draw(
+            flips=own[:, 0] < config.hflip,
+            interpolations=filters[np.floor(own[:, 1] * len(filters)).astype(np.int64)],
+            colors=draw_colors(color, config.jitter),
+            layers=draw_layers(layers, policy, config.interpolation) if policy else None,
+            erased=draw_erased(erasing, config.random_erasing, self._image_size),
+            noise_seeds=np.floor(own[:, 2] * 2**53).astype(np.int64),
+        )
 
 
 def _train_pipeline(
@@ -452,7 +448,7 @@ def _train_pipeline(
     """Define images, shapes, crops' starts and extents, classes, and label maps if wanted."""
     with Pipeline(**options) as pipeline:
         jpegs, classes, *labels = _read(index, split, with_labels, reader)
-        num_choices = 11 if augment.color_jitter else 2
+        num_choices = 11 if augment.jitter else 2
         flips, filters, *colors = fn.external_source(choose, num_outputs=num_choices)
         shapes = fn.peek_image_shape(jpegs, dtype=DALIDataType.INT32)
         starts, extents = fn.random_crop_generator(
@@ -468,9 +464,11 @@ def _train_pipeline(
             interp_type=fn.cast(filters, dtype=DALIDataType.INTERP_TYPE),
             antialias=True,
         )
-        if augment.color_jitter:
+        if augment.jitter:
             images = _jitter(images, colors[0], colors[1:5], colors[5:])
-        images = _normalize(images, augment.mean, augment.std, mirror=flips)
+        images = fn.crop_mirror_normalize(  # flips and turns to planes; mean 0 and std 1
+            images, mirror=flips, dtype=DALIDataType.UINT8, output_layout="CHW"
+        )
         pipeline.set_outputs(images, shapes, starts, extents, classes, *labels)
     return pipeline
 
@@ -505,7 +503,14 @@ def _eval_pipeline(
             interp_type=_FILTERS[interpolation],
             antialias=True,
         )
-        pipeline.set_outputs(_normalize(images, mean, std), shapes, starts, ends, classes)
+        images = fn.crop_mirror_normalize(
+            images,
+            mean=[255 * value for value in mean],
+            std=[255 * value for value in std],
+            dtype=DALIDataType.FLOAT,
+            output_layout="CHW",
+        )
+        pipeline.set_outputs(images, shapes, starts, ends, classes)
     return pipeline
 
 
@@ -562,19 +567,6 @@ def _jitter(
     return images
 
 
-def _normalize(
-    images: DataNode, mean: Sequence[float], std: Sequence[float], **options: Any
-) -> DataNode:
-    return fn.crop_mirror_normalize(
-        images,
-        mean=[255 * value for value in mean],
-        std=[255 * value for value in std],
-        dtype=DALIDataType.FLOAT,
-        output_layout="CHW",
-        **options,
-    )
-
-
 def _pipeline_options(
     batch_size: int, device: torch.device, num_threads: int | None
 ) -> dict[str, Any]:
@@ -588,6 +580,19 @@ def _pipeline_options(
         "device_id": device.index if device.type == "cuda" else None,
         "py_num_workers": 0,
     }
+
+
+def _single_threaded_worker() -> ThreadPoolExecutor:
+    """Start a thread in which torch's operations take one core, and others what they took before.
+
+    DALI's threads keep the cores busy; a small operation split over several would wait for them.
+    """
+    num_threads = torch.get_num_threads()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="feed")
+    worker.submit(torch.get_num_threads).result()  # torch sets a thread up at its first call
+    worker.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(num_threads)  # for threads that start later; that one has its own count
+    return worker
 
 
 def _with_index(device: torch.device) -> torch.device:
@@ -666,14 +671,16 @@ def _class_indices(
     return torch.tensor([int(text) for text in texts])
 
 
-def _decode_labels(labels: Any, keys: list[str], shards: list[str]) -> PaletteMaps:
+def _decode_labels(
+    labels: Any, keys: list[str], shards: list[str], dictionary: bytes | None
+) -> PaletteMaps:
     data = [labels.at(i).tobytes() for i in range(len(labels))]
     try:
-        return PaletteMaps.from_arrays(decode_batch(data))
+        return PaletteMaps.from_arrays(decode_batch(data, dictionary=dictionary))
     except LabelMapError:
         for one, key, shard in zip(data, keys, shards):
             try:
-                decode(one)
+                decode(one, dictionary=dictionary)
             except LabelMapError as error:
                 raise ValueError(
                     f"the label map {key}.tlm in {shard} cannot be used: {error}; "
@@ -692,21 +699,41 @@ def _boxes(
     return torch.from_numpy(corners.reshape(-1, 4).astype(np.float32))
 
 
+def _normalize(
+    images: UInt8[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
+) -> Float32[Tensor, "b 3 h w"]:
+    offset, scale = (
+        torch.tensor(values, device=images.device)[:, None, None] * 255 for values in (mean, std)
+    )
+    return images.float().sub_(offset).div_(scale)
+
+
+def _frames(layers: Sequence[Float32[Tensor, "b 2 3"]]) -> Float32[Tensor, "b f 2 3"]:
+    """Crop unit square → the input of each layer, first layer first."""
+    frames = [layers[-1]]
+    for layer in reversed(layers[:-1]):
+        frames.insert(0, compose(layer, frames[0]))
+    return torch.stack(frames, 1)
+
+
 def _erase(
     images: Float32[Tensor, "b 3 h w"],
     rectangles: Int64[np.ndarray, "b 4"],
-    generator: torch.Generator,
+    seeds: Int64[np.ndarray, " b"],
 ) -> None:
     """Fill rectangles with normal noise, in place."""
-    for image, (top, left, height, width) in zip(images, rectangles.tolist()):
+    generator = torch.Generator(images.device)
+    for image, rectangle, seed in zip(images, rectangles.tolist(), seeds.tolist()):
+        top, left, height, width = rectangle
         if height:
+            generator.manual_seed(seed)
             noise = torch.randn(3, height, width, generator=generator, device=images.device)
             image[:, top : top + height, left : left + width] = noise
 
 
 def _record_stream(batch: Batch) -> None:
     """Tell torch's allocator that the batch, made on another stream, is used on this one."""
-    tensors = [batch.images, batch.classes, batch.views]
+    tensors = [batch.images, batch.classes, batch.views, batch.frames]
     tensors += [] if batch.maps is None else list(vars(batch.maps).values())
     for tensor in tensors:
         if isinstance(tensor, Tensor):

@@ -8,7 +8,7 @@ was killed at any step and resumed computes what it would have computed anyway.
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from ..shards.index import read_index
+from ..shards.index import ShardIndex, read_index
 from . import run_log
 from .checkpoint import Checkpoint, latest, load_weights, read, save_step
 from .distributed import Place, copy_from_main, from_all, from_main, join_processes, reduce
@@ -27,9 +27,18 @@ from .evaluate import EvalResult, evaluate
 from .feed import Batch, EvalFeed, TrainFeed
 from .loss import token_label_loss
 from .mix_token import sample_box
-from .models import create_model
+from .models import create_model, pretrained_facts
 from .optim import Ema, Schedule, explain_lr, make_optimizer, skip_if
-from .recipe import Duration, Recipe, differences, parse_recipe, to_toml
+from .published import fetch
+from .recipe import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Duration,
+    Recipe,
+    differences,
+    parse_recipe,
+    to_toml,
+)
 from .report import write_report
 from .run_log import RunLog
 from .targets import batch_targets
@@ -99,7 +108,7 @@ def train(
     out: Path,
     split: str = "train",
     val_split: str | None = None,
-    init: Path | None = None,
+    init: Path | str | None = None,
     init_ema: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -108,12 +117,12 @@ def train(
     """Train on a data set made by shards.pack.
 
     Args:
-        recipe: What to compute.
+        recipe: What to compute; `resolve` fills in what it leaves to data and weights.
         data: The data set's folder.
         out: The run folder.
         split: The data set's split to learn from.
         val_split: The split to evaluate on; left out: "val" where the data set has it.
-        init: Checkpoint to take initial weights from, ours or a published one.
+        init: Checkpoint to take initial weights from, ours or a published one: see find_weights.
         init_ema: Whether its averaged weights are taken; left out: what the file prefers.
         resume: Go on with the run in `out`; begin anew where there is none yet.
         overwrite: Delete the run in `out` first.
@@ -126,17 +135,34 @@ def train(
     with join_processes(device) as place:
         if not place.is_main:
             logging.getLogger(__package__).setLevel(logging.WARNING)
+        recipe = resolve(recipe, read_index(data))
         opened = open_data(recipe, data, place, split=split, val_split=val_split)
         outcome = fit(
             recipe, opened, out, place,
             init=init, init_ema=init_ema, resume=resume, overwrite=overwrite,
         )  # fmt: skip
-        if place.is_main and outcome.step == outcome.total_steps:
+        if place.is_main:
             try:
                 write_report(out)
-            except (OSError, ValueError) as error:  # the run itself is finished and saved
+            except (OSError, ValueError) as error:  # the run itself is saved
                 log.warning("no report was written: %s", error)
         return outcome
+
+
+def resolve(recipe: Recipe, index: ShardIndex) -> Recipe:
+    """Fill in the class count of the data set and the normalisation of published weights.
+
+    A recipe that says num_classes = 0 gets the data set's. One whose model begins with published
+    weights gets the mean and std that these were trained with, unless it names others than
+    ImageNet's, which are the default.
+    """
+    model, augment = recipe.model, recipe.augment
+    if not model.num_classes:
+        model = replace(model, num_classes=index.num_classes)
+    if model.pretrained and (augment.mean, augment.std) == (IMAGENET_MEAN, IMAGENET_STD):
+        facts = pretrained_facts(model.name)
+        augment = replace(augment, mean=facts["mean"], std=facts["std"])
+    return replace(recipe, model=model, augment=augment)
 
 
 def open_data(
@@ -226,7 +252,7 @@ def fit(
     out: Path,
     place: Place,
     *,
-    init: Path | None = None,
+    init: Path | str | None = None,
     init_ema: bool | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -241,6 +267,11 @@ def fit(
         _refuse_other_run(checkpoint, recipe, data, place)
     elif resume:
         log.info("%s holds no checkpoint yet: starting at step 0", out)
+    if recipe.model.pretrained and init:
+        raise ValueError(
+            f"--init {init} and model.pretrained = true both give initial weights; leave one out, "
+            "e.g. by --set model.pretrained=false"
+        )
     start = checkpoint.step if checkpoint else 0
     steps_per_epoch = data.num_samples / recipe.optim.batch_size
     schedule = Schedule.of(recipe, steps_per_epoch)
@@ -252,13 +283,18 @@ def fit(
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(recipe.run.seed)
-    model = create_model(recipe.model)
+    download = recipe.model.pretrained and not checkpoint
+    is_dense = recipe.labels.dense_weight > 0
+    model = create_model(recipe.model, dense=is_dense, pretrained=download)
     fresh_heads = True
+    if download:
+        num_pretrained = pretrained_facts(recipe.model.name)["num_classes"]
+        fresh_heads = num_pretrained != recipe.model.num_classes
     if init and not checkpoint:
-        report = load_weights(model, init, ema=init_ema, new_heads=True)
-        fresh_heads = bool(report.dropped)
+        report = load_weights(model, fetch(str(init), place), ema=init_ema, new_heads=True)
+        fresh_heads = bool(report.dropped or report.begun)
         log.info("%s", report)
-    if not recipe.labels.dense_weight:
+    if not is_dense:
         model.silence_dense_head(zero=fresh_heads)
     model.to(place.device)
     if on_gpu:
@@ -334,6 +370,7 @@ def fit(
                 batch.classes,
                 model.grid,
                 num_classes=recipe.model.num_classes,
+                frames=batch.frames,
                 smoothing=recipe.labels.smoothing,
                 fill=recipe.labels.fill,
                 class_target=recipe.labels.class_target,

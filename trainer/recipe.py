@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from .augment_draws import Interpolation, Policy, parse_policy
+
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -62,22 +64,28 @@ class ModelConfig:
     """Which network is trained."""
 
     name: str = "lvvit_s"
-    """A model of tokenlabel.trainer.models: lvvit_t, lvvit_s, lvvit_m or lvvit_l."""
+    """One of tokenlabel.trainer.models (lvvit_s, t2t_vit_14, …) or any classifier of timm, with or
+    without a weights tag (convnext_tiny.fb_in1k)."""
     num_classes: int = 1000
-    """Must equal the class count of the data set."""
+    """Must equal the class count of the data set; 0 takes it from there."""
+    pretrained: bool = False
+    """Whether training begins with the weights that the model's authors published (downloaded on
+    first use), and with their normalisation unless augment.mean, augment.std name another."""
     image_size: int | tuple[int, int] = 224
     """Pixels of the training crop and of the evaluation view: a side, or [height, width]."""
     drop_path: float = 0.1
-    """Stochastic depth of the last block; rises linearly from 0 at the first."""
+    """Stochastic depth of the last block; rises linearly from 0 at the first. 0 for models of timm
+    that have none."""
     mix_token: bool = True
-    """Whether MixToken mixes the patch embeddings of two images during training."""
+    """Whether MixToken mixes the patch embeddings of two images during training; in a network
+    without patches, such as a CNN, it mixes pixels by the cells of the last feature map."""
     grad_checkpointing: bool = False
     """Whether blocks are computed again in the backward pass instead of being kept in memory."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """More arguments of the model's constructor, e.g. {depth = 6, embed_dim = 192}."""
 
     def __post_init__(self) -> None:
-        _check("model.num_classes", self.num_classes, self.num_classes >= 1, ">= 1")
+        _check("model.num_classes", self.num_classes, self.num_classes >= 0, ">= 0")
         _check("model.image_size", self.image_size, min(self.image_hw) >= 1, ">= 1 px")
         _check("model.drop_path", self.drop_path, 0 <= self.drop_path < 1, "0 <= rate < 1")
 
@@ -98,14 +106,18 @@ class AugmentConfig:
     """Range of the random crop's width / height, drawn uniformly in its logarithm."""
     hflip: float = 0.5
     """Probability of a horizontal flip."""
-    color_jitter: float = 0.4
-    """Strength of random brightness, contrast and saturation: factors in 1 ± this; 0 is off."""
+    auto_augment: str = "none"
+    """RandAugment in timm's notation, e.g. "rand-m9-mstd0.5-inc1", or "none"."""
+    color_jitter: float | None = None
+    """Strength of random brightness, contrast and saturation: factors in 1 ± this; 0 is off. Left
+    out: 0.4, or 0 beside auto_augment, which allows no other (timm's rule)."""
     random_erasing: float = 0.25
     """Probability that a random rectangle of the crop is erased."""
     erasing_mode: Literal["pixel"] = "pixel"
     """What fills the rectangle: "pixel" is normal noise for each pixel and channel."""
-    interpolation: Literal["random", "bicubic", "bilinear"] = "random"
-    """Resampling of the crop; "random" draws bicubic or bilinear for each image."""
+    interpolation: Interpolation = "random"
+    """Resampling of the crop, and of RandAugment's geometric operations; "random" draws bicubic or
+    bilinear for each."""
     mean: tuple[float, float, float] = IMAGENET_MEAN
     """Subtracted from each channel, in [0, 1]; used in evaluation too."""
     std: tuple[float, float, float] = IMAGENET_STD
@@ -117,11 +129,29 @@ class AugmentConfig:
         low, high = self.ratio
         _check("augment.ratio", self.ratio, 0 < low <= high, "0 < smallest <= largest")
         _check("augment.hflip", self.hflip, 0 <= self.hflip <= 1, "0 to 1")
-        _check("augment.color_jitter", self.color_jitter, 0 <= self.color_jitter <= 1, "0 to 1")
+        try:
+            policy = self.policy
+        except ValueError as error:
+            raise ValueError(f"augment.auto_augment = {error}") from error
+        most = 0 if policy else 1
+        allowed = "0 beside augment.auto_augment, or left out" if policy else "0 to 1"
+        _check("augment.color_jitter", self.color_jitter, 0 <= self.jitter <= most, allowed)
         erasing = self.random_erasing
         _check("augment.random_erasing", erasing, 0 <= erasing <= 1, "0 to 1")
         _check("augment.mean", self.mean, all(0 <= m <= 1 for m in self.mean), "0 to 1")
         _check("augment.std", self.std, all(s > 0 for s in self.std), "> 0")
+
+    @property
+    def policy(self) -> Policy | None:
+        """What RandAugment draws from; None where it is off."""
+        return None if self.auto_augment == "none" else parse_policy(self.auto_augment)
+
+    @property
+    def jitter(self) -> float:
+        """Strength of colour jitter, also where it was left out."""
+        if self.color_jitter is not None:
+            return self.color_jitter
+        return 0.4 if self.auto_augment == "none" else 0.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,6 +5,7 @@ it; what is not there (label maps, a validation split, a checkpoint) is left out
 """
 
 import json
+import math
 import tarfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -34,7 +35,7 @@ from ..shards.index import ShardIndex, SplitIndex, read_index
 from . import page
 from .checkpoint import TrainedModel, latest, load_model
 from .feed import Batch, EvalFeed, TrainFeed
-from .models import create_model
+from .models import create_model, predict
 from .optim import Schedule
 from .recipe import AugmentConfig, Recipe, parse_recipe
 from .run_log import CHECKPOINTS, ENVIRONMENT, RECIPE, REPORT, read_metrics, replace_text
@@ -188,6 +189,7 @@ def _read_model(checkpoints: Path, notes: list[str]) -> TrainedModel | None:
 def _samples(index: ShardIndex, split: str, keys: Collection[str]) -> dict[str, _Sample]:
     """Read samples by key from the split's only shard in this index."""
     (path,) = index.shard_paths(split)
+    dictionary = index.split(split).dictionary
     fields: dict[str, dict[str, bytes]] = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -199,7 +201,7 @@ def _samples(index: ShardIndex, split: str, keys: Collection[str]) -> dict[str, 
         key: _Sample(
             image=load_image(found["jpg"]),
             class_index=int(found["cls"]),
-            levels=decode(found["tlm"]) if "tlm" in found else (),
+            levels=decode(found["tlm"], dictionary=dictionary) if "tlm" in found else (),
         )
         for key, found in fields.items()
     }
@@ -214,10 +216,13 @@ def _classes(index: ShardIndex, split: str) -> set[int]:
 
 
 def _shown(run: _Run, index: ShardIndex, split: str, batch: Batch) -> _Shown:
+    model = run.trained.model if run.trained else None
+    if model is None:
+        model = create_model(run.recipe.model, dense=run.recipe.labels.dense_weight > 0)
     return _Shown(
         batch=batch,
         samples=_samples(index, split, set(batch.keys)),
-        grid=run.trained.model.grid if run.trained else create_model(run.recipe.model).grid,
+        grid=model.grid,
         class_names=index.class_names,
         augment=run.recipe.augment,
     )
@@ -346,8 +351,11 @@ def _crops(run: _Run, index: ShardIndex, name: str) -> str:
     with closing(feed):
         shown = _shown(run, index, name, next(feed))
     targets = None
-    if shown.batch.maps is not None:
-        targets = sample_targets(shown.batch.maps, shown.batch.views, shown.grid, fill=labels.fill)
+    batch = shown.batch
+    if batch.maps is not None:
+        targets = sample_targets(
+            batch.maps, batch.views, shown.grid, frames=batch.frames, fill=labels.fill
+        )
     words = (
         "Photos of the training split. The frame in the photo is the part that a training crop "
         "shows; the crop is what the student was given, with all augmentation. "
@@ -456,11 +464,14 @@ def _teacher_answers(shown: _Shown, fill: Fill) -> TokenTargets | None:
 @torch.inference_mode()
 def _student_answers(trained: TrainedModel, images: Float[Tensor, "b 3 h w"]) -> TokenTargets:
     """Give the student's probabilities the form of targets on a palette of all classes."""
-    model = trained.model.eval()
-    tokens = model.forward_features(images)
-    dense = model.aux_head(tokens[:, 1:]).float().softmax(-1)
-    view = model.forward_head(tokens).float().softmax(-1)
-    b, n, num_classes = dense.shape
+    class_logits, aux_logits = predict(trained.model.eval(), images)
+    view = class_logits.float().softmax(-1)
+    b, num_classes = view.shape
+    n = math.prod(trained.model.grid)
+    if aux_logits is None:  # nothing is drawn of its tokens then
+        dense = view[:, None].expand(-1, n, -1)
+    else:
+        dense = aux_logits.float().softmax(-1)
     return TokenTargets(
         palette=torch.arange(num_classes).repeat(b, 1),
         tokens=dense,

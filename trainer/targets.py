@@ -18,6 +18,7 @@ def batch_targets(
     grid: tuple[int, int],
     *,
     num_classes: int,
+    frames: Float[Tensor, "b f 2 3"] | None = None,
     smoothing: float = 0.1,
     fill: Fill = "residual",
     class_target: ClassTarget = "pooled",
@@ -31,6 +32,7 @@ def batch_targets(
         classes: The data set's label of each image.
         grid: Token (rows, cols) of the student.
         num_classes: Classes of the student; the maps must have as many.
+        frames: See sample_targets; None: the views show all that they cover.
         smoothing: Label smoothing ε: p becomes p · (1 - ε) + ε / num_classes.
         fill: See sample_targets.
         class_target: Where the class token's target comes from: the label map pooled over the
@@ -47,7 +49,7 @@ def batch_targets(
             "set model.num_classes to the teacher's count, or use labels made for these classes"
         )
     else:
-        targets = sample_targets(maps, views, grid, fill=fill)
+        targets = sample_targets(maps, views, grid, frames=frames, fill=fill)
         if class_target == "label":
             targets = _with_label_as_class_target(targets, classes)
     return smooth(targets, smoothing)
