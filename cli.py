@@ -6,6 +6,7 @@ Only click is imported at the top: `tl-eval --help` must not wait for torch.
 import logging
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -87,6 +88,54 @@ def label() -> None:
     """Make, check and look at dense label maps."""
 
 
+def _source_options(*, required: bool, why: str = "") -> Any:
+    """Options that say where images are: --images, --classes, --root."""
+    options = [
+        click.option(
+            "--images",
+            required=required,
+            metavar="SOURCE",
+            help="The images of the set: what tl-label generate and tl-shard pack take, e.g. a "
+            f"folder of class folders.{why}",
+        ),
+        click.option(
+            "--classes",
+            type=_FILE,
+            help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class "
+            "index.  [default: classes.txt beside the images if there, else sorted folder names]",
+        ),
+        click.option(
+            "--root",
+            metavar="FOLDER|ARCHIVE",
+            help="What the paths of a list start from.  [default: the list's own folder]",
+        ),
+    ]
+
+    return partial(_with, options)
+
+
+_device_option = click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
+)
+_precision_option = click.option(
+    "--precision",
+    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
+    default="auto",
+    show_default=True,
+    help="Of the teacher; auto is bf16 on a GPU, fp32 on a CPU.",
+)
+_kind_option = click.option(
+    "--kind",
+    type=click.Choice(["token-labeling", "relabel"]),
+    required=True,
+    help="token-labeling: float16, 18×18 cells. relabel: float32, 15×15.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+
+
 def _class_options(command: Any) -> Any:
     """Options that choose the classes that maps speak of: --keep-classes, --class-map."""
     keep = click.option(
@@ -107,20 +156,142 @@ def _class_options(command: Any) -> Any:
     return keep(add_up(command))
 
 
+def _labelling_options(command: Any) -> Any:
+    """Options that say what is labelled, by whom and how: of generate, and of plan before it."""
+    options = [
+        click.option(
+            "--images",
+            required=True,
+            metavar="SOURCE",
+            help="Class folders IMAGES/CLASS/x.jpg or a flat folder; a .tar or .zip of such, or a "
+            "tar of class tars; WebDataset shards, as 'train-{000..012}.tar', a glob or URLs; or "
+            "a list, .csv, .tsv or .txt, of PATH or PATH,CLASS.",
+        ),
+        click.option(
+            "--root",
+            metavar="FOLDER|ARCHIVE",
+            help="Folder or archive that the paths of a list start from.  [default: the list's "
+            "own folder]",
+        ),
+        click.option(
+            "--teacher",
+            default="dm_nfnet_f6",
+            show_default=True,
+            help="Any timm classifier, by name.",
+        ),
+        click.option(
+            "--checkpoint",
+            type=_FILE,
+            help="The teacher's weights: .safetensors, or what torch.save wrote.  [default: "
+            "timm's, downloaded once]",
+        ),
+        click.option(
+            "--image-size",
+            type=click.IntRange(min=1),
+            help="Side of the teacher's square image, px; rounded to whole cells.  [default: what "
+            "the model's own configuration evaluates at, 576 for dm_nfnet_f6]",
+        ),
+        click.option(
+            "--fit",
+            type=click.Choice(["native", "stretch", "center"]),
+            default="native",
+            show_default=True,
+            help="How an image meets the teacher: whole in its own shape, whole made square, or "
+            "only the square in its middle.",
+        ),
+        click.option(
+            "--levels",
+            metavar="PX,PX,…",
+            help="In place of --image-size, several of them, rising, e.g. 448,640,896: a map is "
+            "made at each, and a small crop reads the one that saw it large. Time and bytes add "
+            "up.",
+        ),
+        click.option(
+            "--top-k",
+            type=click.IntRange(min=1),
+            help="Classes kept per cell.  [default: 5, or all of fewer]",
+        ),
+        click.option(
+            "--mass",
+            type=float,
+            help="Keep fewer than top-k classes where fewer have this probability together, e.g. "
+            "0.99.",
+        ),
+        click.option(
+            "--score-bits",
+            type=click.Choice(["16", "8"]),
+            default="16",
+            show_default=True,
+            help="Of a stored score. 8 rounds to 255 steps; the maps are smaller.",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            help="Images per forward pass, fewer on larger --levels.  [default: 64 on a GPU, 4 on "
+            "a CPU]",
+        ),
+        _device_option,
+        _precision_option,
+        click.option(
+            "--workers",
+            type=click.IntRange(min=1),
+            help="Threads that decode.  [default: all cores]",
+        ),
+        click.option(
+            "--shard-size",
+            type=click.IntRange(min=1),
+            default=10_000,
+            show_default=True,
+            help="Most images in a slice, the unit of work and of resume.",
+        ),
+        click.option(
+            "--classes",
+            type=_FILE,
+            help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class "
+            "index.  [default: IMAGES/classes.txt if there, else the sorted folder names]",
+        ),
+        _class_options,
+    ]
+    return _with(options, command)
+
+
+def _with(options: list[Any], command: Any) -> Any:
+    """Add options to a command, in the order that its help shows them."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _open_teacher(
+    source: Any,
+    teacher: str,
+    checkpoint: Path | None,
+    sizes: list[int],
+    image_size: int | None,
+    device: str,
+    precision: str,
+    keep_classes: str | None,
+    class_map: Path | None,
+) -> Any:
+    """Load the teacher that _labelling_options name, for the classes that its maps shall have."""
+    from .labeler.classes import choose_classes
+    from .labeler.generate import local_device
+    from .labeler.teacher import load_teacher
+
+    if sizes and image_size is not None:
+        raise ValueError("--image-size and --levels: give one; the first level is the image size")
+    model = load_teacher(
+        teacher,
+        checkpoint=checkpoint,
+        image_size=sizes[0] if sizes else image_size,
+        device=local_device(device),
+        precision=precision,
+    )
+    space = choose_classes(model.classes, source, keep_classes=keep_classes, class_map=class_map)
+    return model.in_space(space)
+
+
 @label.command("generate")
-@click.option(
-    "--images",
-    required=True,
-    metavar="SOURCE",
-    help="Class folders IMAGES/CLASS/x.jpg or a flat folder; a .tar or .zip of such, or a tar of "
-    "class tars; WebDataset shards, as 'train-{000..012}.tar', a glob or URLs; or a list, .csv, "
-    ".tsv or .txt, of PATH or PATH,CLASS.",
-)
-@click.option(
-    "--root",
-    metavar="FOLDER|ARCHIVE",
-    help="Folder or archive that the paths of a list start from.  [default: the list's own folder]",
-)
 @click.option(
     "--out",
     type=_FOLDER_OR_URL,
@@ -128,52 +299,7 @@ def _class_options(command: Any) -> Any:
     required=True,
     help="Folder of the label set, or URL of one: s3:// needs the package s3fs, gs:// gcsfs.",
 )
-@click.option(
-    "--teacher", default="dm_nfnet_f6", show_default=True, help="Any timm classifier, by name."
-)
-@click.option(
-    "--checkpoint",
-    type=_FILE,
-    help="The teacher's weights: .safetensors, or what torch.save wrote.  [default: timm's, "
-    "downloaded once]",
-)
-@click.option(
-    "--image-size",
-    type=click.IntRange(min=1),
-    help="Side of the teacher's square image, px; rounded to whole cells.  [default: what the "
-    "model's own configuration evaluates at, 576 for dm_nfnet_f6]",
-)
-@click.option(
-    "--fit",
-    type=click.Choice(["native", "stretch", "center"]),
-    default="native",
-    show_default=True,
-    help="How an image meets the teacher: whole in its own shape, whole made square, or only the "
-    "square in its middle.",
-)
-@click.option(
-    "--levels",
-    metavar="PX,PX,…",
-    help="In place of --image-size, several of them, rising, e.g. 448,640,896: a map is made at "
-    "each, and a small crop reads the one that saw it large. Time and bytes add up.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=1),
-    help="Classes kept per cell.  [default: 5, or all of fewer]",
-)
-@click.option(
-    "--mass",
-    type=float,
-    help="Keep fewer than top-k classes where fewer have this probability together, e.g. 0.99.",
-)
-@click.option(
-    "--score-bits",
-    type=click.Choice(["16", "8"]),
-    default="16",
-    show_default=True,
-    help="Of a stored score. 8 rounds to 255 steps; the maps are smaller.",
-)
+@_labelling_options
 @click.option(
     "--dictionary",
     type=_FILE,
@@ -181,45 +307,10 @@ def _class_options(command: Any) -> Any:
     "the label set. Pays for small maps.",
 )
 @click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Images per forward pass, fewer on larger --levels.  [default: 64 on a GPU, 4 on a CPU]",
-)
-@click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Of the teacher; auto is bf16 on a GPU, fp32 on a CPU.",
-)
-@click.option(
-    "--workers", type=click.IntRange(min=1), help="Threads that decode.  [default: all cores]"
-)
-@click.option(
-    "--shard-size",
-    type=click.IntRange(min=1),
-    default=10_000,
-    show_default=True,
-    help="Most images in a slice, the unit of work and of resume.",
-)
-@click.option(
     "--part",
     metavar="I/N",
     help="Do one part of the slices, 1/N to N/N: for job arrays. Parts may run at the same time.",
 )
-@click.option(
-    "--classes",
-    type=_FILE,
-    help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class index.  "
-    "[default: IMAGES/classes.txt if there, else the sorted folder names]",
-)
-@_class_options
 @click.option(
     "--overwrite",
     is_flag=True,
@@ -261,29 +352,19 @@ def label_generate(
       tl-label generate --images photos --out labels --levels 448,640,896
       torchrun --nproc-per-node 8 --no-python tl-label generate --images photos --out labels
     """
-    from .labeler.classes import choose_classes
     from .labeler.dictionary import read_dictionary
-    from .labeler.generate import generate, local_device, parse_levels, share_of_work
+    from .labeler.generate import generate, parse_levels, share_of_work
     from .labeler.label_set import check_output
     from .labeler.sources import open_source
-    from .labeler.teacher import load_teacher
 
     rank, world_size = share_of_work(part)
     sizes = parse_levels(levels) if levels is not None else []
-    if sizes and image_size is not None:
-        raise ValueError("--image-size and --levels: give one; the first level is the image size")
     trained = read_dictionary(dictionary) if dictionary is not None else None
     source = open_source(images, classes=classes, root=root)
     check_output(out)
-    model = load_teacher(
-        teacher,
-        checkpoint=checkpoint,
-        image_size=sizes[0] if sizes else image_size,
-        device=local_device(device),
-        precision=precision,
+    model = _open_teacher(
+        source, teacher, checkpoint, sizes, image_size, device, precision, keep_classes, class_map
     )
-    space = choose_classes(model.classes, source, keep_classes=keep_classes, class_map=class_map)
-    model = model.in_space(space)
     summary = generate(
         source,
         out,
@@ -372,114 +453,8 @@ def label_dictionary(labels: Path | str, out: Path, size: int) -> None:
     click.echo(f"{out}: {len(trained):,} bytes, trained on {_counted(len(label_set), 'label map')}")
 
 
-def _source_options(*, required: bool, why: str = "") -> Any:
-    """Options that say where images are: --images, --classes, --root."""
-    options = [
-        click.option(
-            "--images",
-            required=required,
-            metavar="SOURCE",
-            help="The images of the set: what tl-label generate and tl-shard pack take, e.g. a "
-            f"folder of class folders.{why}",
-        ),
-        click.option(
-            "--classes",
-            type=_FILE,
-            help="One class a line, FOLDER or FOLDER<TAB>name; the line number is the class "
-            "index.  [default: classes.txt beside the images if there, else sorted folder names]",
-        ),
-        click.option(
-            "--root",
-            metavar="FOLDER|ARCHIVE",
-            help="What the paths of a list start from.  [default: the list's own folder]",
-        ),
-    ]
-
-    def add(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_device_option = click.option(
-    "--device",
-    default="auto",
-    show_default=True,
-    help="auto, cpu, cuda or cuda:N. auto takes a GPU if there is one.",
-)
-_precision_option = click.option(
-    "--precision",
-    type=click.Choice(["auto", "fp32", "bf16", "fp16"]),
-    default="auto",
-    show_default=True,
-    help="Of the teacher; auto is bf16 on a GPU, fp32 on a CPU.",
-)
-_kind_option = click.option(
-    "--kind",
-    type=click.Choice(["token-labeling", "relabel"]),
-    required=True,
-    help="token-labeling: float16, 18×18 cells. relabel: float32, 15×15.",
-)
-_json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-
-
 @label.command("plan")
-@_source_options(required=True)
-@click.option(
-    "--teacher", default="dm_nfnet_f6", show_default=True, help="Any timm classifier, by name."
-)
-@click.option("--checkpoint", type=_FILE, help="Its weights.  [default: timm's, downloaded once]")
-@click.option(
-    "--image-size",
-    type=click.IntRange(min=1),
-    help="Side of the teacher's square image, px.  [default: the model's own]",
-)
-@click.option(
-    "--levels",
-    metavar="PX,PX,…",
-    help="In place of --image-size, several of them, rising, e.g. 448,640,896.",
-)
-@click.option(
-    "--fit",
-    type=click.Choice(["native", "stretch", "center"]),
-    default="native",
-    show_default=True,
-    help="How an image meets the teacher.",
-)
-@click.option(
-    "--top-k",
-    type=click.IntRange(min=1),
-    help="Classes kept per cell.  [default: 5, or all of fewer]",
-)
-@click.option("--mass", type=float, help="Keep fewer classes, see tl-label generate.")
-@click.option(
-    "--score-bits",
-    type=click.Choice(["16", "8"]),
-    default="16",
-    show_default=True,
-    help="Of a stored score.",
-)
-@click.option(
-    "--batch-size",
-    type=click.IntRange(min=1),
-    help="Images per forward pass, fewer on larger --levels.  [default: 64 on a GPU, 4 on a CPU]",
-)
-@_device_option
-@_precision_option
-@click.option(
-    "--workers",
-    type=click.IntRange(min=1),
-    help="Threads that read and decode.  [default: all cores]",
-)
-@click.option(
-    "--shard-size",
-    type=click.IntRange(min=1),
-    default=10_000,
-    show_default=True,
-    help="Most images in a slice.",
-)
+@_labelling_options
 @click.option(
     "--num-images",
     type=click.IntRange(min=1),
@@ -493,7 +468,6 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.
     show_default=True,
     help="That share the work, each with a device and --workers like here.",
 )
-@_class_options
 @_json_option
 def label_plan(
     images: str,
@@ -531,25 +505,16 @@ def label_plan(
     """
     import json
 
-    from .labeler.classes import check_classes, choose_classes
+    from .labeler.classes import check_classes
     from .labeler.generate import parse_levels
     from .labeler.plan import extrapolate, in_words, measure
     from .labeler.sources import open_source
-    from .labeler.teacher import load_teacher
 
     sizes = parse_levels(levels) if levels is not None else []
-    if sizes and image_size is not None:
-        raise ValueError("--image-size and --levels: give one; the first level is the image size")
     source = open_source(images, classes=classes, root=root)
-    model = load_teacher(
-        teacher,
-        checkpoint=checkpoint,
-        image_size=sizes[0] if sizes else image_size,
-        device=device,
-        precision=precision,
+    model = _open_teacher(
+        source, teacher, checkpoint, sizes, image_size, device, precision, keep_classes, class_map
     )
-    space = choose_classes(model.classes, source, keep_classes=keep_classes, class_map=class_map)
-    model = model.in_space(space)
     check_classes(source, model.classes, model.space)
     measured = measure(
         source,

@@ -24,7 +24,15 @@ def test_a_signal_that_comes_twice_at_once_is_one_wish(clock):
         assert stop.requested
 
 
-def test_a_later_signal_acts_as_it_always_does(clock):
+@pytest.fixture
+def ctrl_c_raises():
+    """As in a terminal; a job in the background is born deaf to it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_later_signal_acts_as_it_always_does(clock, ctrl_c_raises):
     with StopRequest(), pytest.raises(KeyboardInterrupt):
         signal.raise_signal(signal.SIGINT)
         clock[0] += 10
