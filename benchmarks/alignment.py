@@ -10,6 +10,7 @@ targets that were sampled from the label map of the whole photo:
     token   share of tokens whose best class is the teacher's
     small   the same, for crops of less than 35 % of the photo's area
     view    share of crops whose class target has the teacher's best class (of its mean)
+    square  token and view on the square photos alone
     KL      KL(teacher on the crop ‖ target), nats, mean over tokens
     ±       half of the 95 % interval of token, by bootstrap over photos
     time    of the teacher, in units of one pass at 576 px
@@ -39,6 +40,8 @@ from tokenlabel.labeler.teacher import Teacher
 CROP_PX = 448
 NUM_CROPS = 8
 SMALL = 0.35
+ASPECTS = (1.0, 4 / 3, 3 / 4)
+"""Width over height that each photo is cut to; the photos are square."""
 FIGURE = Path(__file__).parent.parent / "docs/images/label-quality.png"
 Levels = list[LabelMap]
 Sampler = Callable[[Levels, Tensor, tuple[int, int]], TokenTargets]
@@ -65,6 +68,10 @@ class Scores:
     token: Tensor
     view: Tensor
     divergence: Tensor
+
+    def first(self, num_crops: int) -> "Scores":
+        """Keep the scores of the first crops."""
+        return Scores(*(values[:num_crops] for values in vars(self).values()))
 
 
 def cut(photo: Image.Image, aspect: float) -> Image.Image:
@@ -158,14 +165,14 @@ def score(target: TokenTargets, logits: Tensor, boxes: Tensor) -> Scores:
 
 def joined(parts: Sequence[Scores]) -> Scores:
     """Put the scores of several photos one after the other."""
-    names = ("area", "token", "view", "divergence")
-    return Scores(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+    return Scores(*(torch.cat(values) for values in zip(*(vars(part).values() for part in parts))))
 
 
 def row(choice: Choice, scores: Scores, num_bytes: float) -> dict[str, Any]:
     """One line of the table."""
     per_photo = scores.token.view(-1, NUM_CROPS).mean(1).numpy()
     draws = np.random.default_rng(0).integers(len(per_photo), size=(2000, len(per_photo)))
+    square = scores.first(len(scores.area) // len(ASPECTS))
     low, high = np.quantile(per_photo[draws].mean(1), [0.025, 0.975])
     return {
         "label map": choice.name,
@@ -173,6 +180,8 @@ def row(choice: Choice, scores: Scores, num_bytes: float) -> dict[str, Any]:
         "±": float(high - low) / 2,
         "small": scores.token[scores.area < SMALL].mean().item(),
         "view": scores.view.mean().item(),
+        "square token": square.token.mean().item(),
+        "square view": square.view.mean().item(),
         "KL": scores.divergence.mean().item(),
         "time": sum(size**2 for size in choice.sizes) / 576**2,
         "bytes": num_bytes,
@@ -211,7 +220,7 @@ def main() -> None:
     quick = parser.parse_args().quick
     torch.manual_seed(0)
     photos = demo_photos()[: 2 if quick else None]
-    photos = [cut(photo, aspect) for aspect in (1.0, 4 / 3, 3 / 4) for photo in photos]
+    photos = [cut(photo, aspect) for aspect in ASPECTS for photo in photos]
     boxes = [random_boxes(photo) for photo in photos]
     sizes = {CROP_PX, *(size for choice in choices() for size in choice.sizes)}
     teachers = {size: demo_teacher(size) for size in sorted(sizes)}

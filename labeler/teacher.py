@@ -258,7 +258,8 @@ def load_timm(
     weights = read_weights(checkpoint, ema=ema)
     if weights.trained_as not in (None, name.partition(".")[0]):
         raise ValueError(
-            f"checkpoint {checkpoint} was trained as {weights.trained_as}, not as {name}"
+            f"checkpoint {checkpoint} was trained as {weights.trained_as}, not as {name}; "
+            "name that model"
         )
     model = create_timm(
         name,
