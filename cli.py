@@ -4,6 +4,7 @@ Only click is imported at the top: `tl-eval --help` must not wait for torch.
 """
 
 import logging
+import os
 import re
 import sys
 from functools import partial
@@ -11,6 +12,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import click
+
+# Read when torch loads its OpenMP. Its threads spin while they wait for each other, and DALI's, or
+# another job's, stand still meanwhile: on 2 shared cores a training step takes five times as long.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 class _UserError(click.ClickException):

@@ -1,6 +1,9 @@
 """Fixtures that several test files share."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as cli.py does, before torch is loaded
 
 import numpy as np
 import pytest
