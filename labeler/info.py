@@ -156,9 +156,10 @@ def in_words(labels: LabelSet, found: Description) -> dict[str, str]:
     """Return a line about each thing that people want to know of a set."""
     index = labels.index
     teacher = index["teacher"]
+    sizes = index.get("levels") or [teacher.get("image_size")]
     facts = [
         str(teacher.get("name")),
-        f"{teacher['image_size']} px" if "image_size" in teacher else "",
+        f"{' + '.join(map(str, sizes))} px" if sizes[0] else "",
         teacher.get("precision", ""),
         f"weights {teacher['weights_sha256'][:12]}" if "weights_sha256" in teacher else "",
         f"timm {teacher['timm_version']}" if "timm_version" in teacher else "",
@@ -173,11 +174,14 @@ def in_words(labels: LabelSet, found: Description) -> dict[str, str]:
     lines = {
         "teacher": ", ".join(filter(None, facts)),
         "geometry": f"fit {index['fit']}, {', '.join(grids + more)}",
-        "classes": f"top {labels.k} of {labels.num_classes:,} in each cell",
+        "classes": f"top {labels.k} of {labels.num_classes:,} in each cell, "
+        f"{index.get('score_bits', 16)}-bit scores",
         "images": f"{len(labels):,} labelled, {len(labels.quarantined):,} left out",
         "size": f"{index.get('map_bytes', tar_bytes) / num_maps:,.0f} bytes an image, "
         f"{tar_bytes / 1e6:,.1f} MB in all (shards: {len(index['shards']):,})",
     }
+    if "classes" in teacher:
+        lines["classes"] += f"; {teacher['classes'].rpartition(',')[0]} of the teacher's"
     if "imported" in index:
         imported = index["imported"]
         lines["imported"] = f"{imported['kind']} files of {imported['from']}, {imported['axes']}"

@@ -188,7 +188,7 @@ def test_the_words_name_what_the_index_knows(labels):
         f"nearest colour, 64 px, fp32, weights {labels.index['teacher']['weights_sha256'][:12]}, "
         f"timm {labels.index['teacher']['timm_version']}"
     )
-    assert words["classes"] == "top 12 of 12 in each cell"
+    assert words["classes"] == "top 12 of 12 in each cell, 16-bit scores"
     assert words["images"] == "9 labelled, 0 left out"
     assert words["read"] == "9 maps, all of them"
 
