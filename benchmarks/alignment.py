@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from tokenlabel.labeler.geometry import Fill, PaletteMaps, TokenTargets, crop_view, sample_targets
 from tokenlabel.labeler.label_map import LabelMap, encode
+from tokenlabel.labeler.score import num_tiles
 from tokenlabel.labeler.teacher import Teacher
 
 CROP_PX = 448
@@ -57,6 +58,14 @@ class Choice:
     top_k: int
     sampler: Sampler
     in_figure: bool = False
+    tiles: bool = False
+
+    @property
+    def time(self) -> float:
+        """Of the teacher, one pass at 576 px is 1."""
+        first = self.sizes[0]
+        sides = [first * num_tiles(size, first) if self.tiles else size for size in self.sizes]
+        return sum(side**2 for side in sides) / 576**2
 
 
 @dataclass(frozen=True)
@@ -148,6 +157,16 @@ def choices() -> list[Choice]:
         ),
         Choice("levels 448,896, top 10", "native", (448, 896), 10, residual),
         Choice("levels 448,640,896,1280, top 10", "native", (448, 640, 896, 1280), 10, residual),
+        *(
+            Choice(f"{name}, tiles, top {top_k}", "native", sizes, top_k, residual, shown, True)
+            for name, sizes, top_k, shown in [
+                ("levels 448,896", (448, 896), 5, False),
+                ("levels 448,896", (448, 896), 10, False),
+                ("levels 448,640,1280", (448, 640, 1280), 10, False),
+                ("levels 448,640,896,1280", (448, 640, 896, 1280), 5, True),
+                ("levels 448,640,896,1280", (448, 640, 896, 1280), 10, False),
+            ]
+        ),
     ]
 
 
@@ -183,7 +202,7 @@ def row(choice: Choice, scores: Scores, num_bytes: float) -> dict[str, Any]:
         "square token": square.token.mean().item(),
         "square view": square.view.mean().item(),
         "KL": scores.divergence.mean().item(),
-        "time": sum(size**2 for size in choice.sizes) / 576**2,
+        "time": choice.time,
         "bytes": num_bytes,
     }
 
@@ -230,20 +249,27 @@ def main() -> None:
     ]
     grid = (truths[0].shape[2], truths[0].shape[3])
     most = max(choice.top_k for choice in choices())
-    made: dict[tuple[str, int], Levels] = {}
+    made: dict[tuple[str, int, int | None], Levels] = {}
 
-    def maps(fit: str, size: int, top_k: int) -> Levels:
-        if (fit, size) not in made:
+    def maps(fit: str, size: int, top_k: int, tile_px: int | None) -> Levels:
+        key = (fit, size, tile_px)
+        if key not in made:
             shown = tqdm(photos, f"{fit} {size}", disable=None)
-            made[fit, size] = [label(teachers[size], p, fit=fit, top_k=most) for p in shown]
+            made[key] = [
+                label(teachers[size], p, fit=fit, top_k=most, tile_px=tile_px) for p in shown
+            ]
         return [
             replace(level, scores=level.scores[:top_k], classes=level.classes[:top_k])
-            for level in made[fit, size]
+            for level in made[key]
         ]
 
     rows, in_figure = [], {}
     for choice in choices():
-        levels = [maps(choice.fit, size, choice.top_k) for size in choice.sizes]
+        first = choice.sizes[0]
+        levels = [
+            maps(choice.fit, size, choice.top_k, first if choice.tiles and size > first else None)
+            for size in choice.sizes
+        ]
         pyramids = [list(of_photo) for of_photo in zip(*levels)]
         scores = joined(
             [

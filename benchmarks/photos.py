@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tokenlabel.labeler.fit import place, resize
 from tokenlabel.labeler.label_map import LabelMap
+from tokenlabel.labeler.score import tiled_cells
 from tokenlabel.labeler.teacher import Teacher, load_teacher
 
 
@@ -31,11 +32,20 @@ def demo_photos() -> list[Image.Image]:
     ]
 
 
-def label(teacher: Teacher, photo: Image.Image, *, fit: str, top_k: int = 5) -> LabelMap:
-    """Make one label map, as tl-label generate does."""
+def label(
+    teacher: Teacher,
+    photo: Image.Image,
+    *,
+    fit: str,
+    top_k: int = 5,
+    tile_px: int | None = None,
+) -> LabelMap:
+    """Make one label map, as tl-label generate does; with tile_px as its --tiles."""
     placement = place(photo.size, fit=fit, teacher_size=teacher.image_size, stride=teacher.stride)
     pixels = resize(photo, placement, interpolation=teacher.interpolation)
-    logits = teacher.dense(torch.from_numpy(pixels).permute(2, 0, 1)[None])[0]
+    images = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    cells = teacher.cells(images) if tile_px is None else tiled_cells(teacher, images, tile_px)
+    logits = teacher.classify(cells)[0].permute(2, 0, 1)
     return replace(keep_best(logits, top_k), window=placement.window)
 
 

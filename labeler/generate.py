@@ -52,6 +52,7 @@ from .score import (
     level_batch_sizes,
     level_sizes,
     load_inputs,
+    tile_side,
 )
 from .sources import ImageFolder, Sample
 from .teacher import Teacher
@@ -101,6 +102,7 @@ def generate(
     teacher: Teacher,
     fit: str = "native",
     levels: Sequence[int] = (),
+    tiles: bool = False,
     top_k: int = 5,
     mass: float | None = None,
     score_bits: int = 16,
@@ -124,6 +126,7 @@ def generate(
         fit: How images meet the teacher, see fit.FITS.
         levels: Sides of the teacher's square image, px, rising: a map is made at each of them. The
             first is teacher.image_size; none means that alone.
+        tiles: Levels above the first see the image in overlapping tiles of the first one's side.
         top_k: Classes kept per cell.
         mass: Keep fewer classes where fewer have this probability together, see
             label_map.keep_mass.
@@ -144,6 +147,7 @@ def generate(
         OSError: If the output cannot be written.
     """
     sizes = level_sizes(teacher, levels)
+    tile_px = tile_side(sizes) if tiles else None
     check_classes(source, teacher.classes, teacher.space)
     check_scoring(teacher, fit=fit, top_k=top_k)
     if shard_size < 1:
@@ -152,7 +156,7 @@ def generate(
         num_classes=teacher.num_classes, score_bits=score_bits, mass=mass, dictionary=dictionary
     )
     settings = _settings(source, teacher, fit, top_k, shard_size)
-    settings |= _optional_settings(sizes, mass, score_bits, dictionary)
+    settings |= _optional_settings(sizes, tiles, mass, score_bits, dictionary)
     slices = _slices(source.samples, shard_size)
     check_output(out)
     _make_way(out, settings, overwrite)
@@ -179,14 +183,16 @@ def generate(
             disable=None if os.environ.get("LOCAL_RANK", "0") == "0" else True,
         ) as progress,
         StopRequest() as stop,
-        Scorer(teacher, top_k=top_k) as scorer,
+        Scorer(teacher, top_k=top_k, tile_px=tile_px) as scorer,
     ):
         label_slices(
             {number: slices[number] for number in todo},
             load=partial(load_inputs, source, teacher=teacher, fit=fit, sizes=sizes),
             scorer=scorer,
             coding=coding,
-            batch_sizes=level_batch_sizes(sizes, batch_size or default_batch_size(teacher)),
+            batch_sizes=level_batch_sizes(
+                sizes, batch_size or default_batch_size(teacher), tile_px=tile_px
+            ),
             num_workers=num_workers or default_workers(),
             resume=partial(read_partial, out, settings=settings),
             finish=partial(
@@ -339,12 +345,18 @@ def _settings(
 
 
 def _optional_settings(
-    sizes: Sequence[int], mass: float | None, score_bits: int, dictionary: bytes | None
+    sizes: Sequence[int],
+    tiles: bool,
+    mass: float | None,
+    score_bits: int,
+    dictionary: bytes | None,
 ) -> dict[str, Any]:
     """Return what also decides the bytes, of what is not as it is by default."""
     settings: dict[str, Any] = {}
     if len(sizes) > 1:
         settings["levels"] = list(sizes)
+    if tiles:
+        settings["tiles"] = True
     if mass is not None:
         settings["mass"] = mass
     if score_bits != 16:

@@ -157,9 +157,10 @@ def in_words(labels: LabelSet, found: Description) -> dict[str, str]:
     index = labels.index
     teacher = index["teacher"]
     sizes = index.get("levels") or [teacher.get("image_size")]
+    tiles = " in tiles" if index.get("tiles") else ""
     facts = [
         str(teacher.get("name")),
-        f"{' + '.join(map(str, sizes))} px" if sizes[0] else "",
+        f"{' + '.join(map(str, sizes))} px{tiles}" if sizes[0] else "",
         teacher.get("precision", ""),
         f"weights {teacher['weights_sha256'][:12]}" if "weights_sha256" in teacher else "",
         f"timm {teacher['timm_version']}" if "timm_version" in teacher else "",

@@ -225,11 +225,12 @@ def in_words(settings: Mapping[str, Any]) -> str:
     teacher = settings.get("teacher", {})
     sizes = settings.get("levels") or [teacher.get("image_size")]
     mass = f" (up to {settings['mass']:.4g} of the mass)" if "mass" in settings else ""
+    tiles = " in tiles" if settings.get("tiles") else ""
     dictionary = from_settings(settings)
     facts = [
         teacher.get("name", "unknown teacher"),
         f"{settings['fit']} fit",
-        f"at {' + '.join(map(str, sizes))} px" if sizes[0] else "",
+        f"at {' + '.join(map(str, sizes))} px{tiles}" if sizes[0] else "",
         f"top {settings['k']}{mass}",
         f"{settings.get('score_bits', 16)}-bit scores",
         "" if dictionary is None else f"a dictionary of {len(dictionary):,} bytes",

@@ -119,7 +119,7 @@ def label_slices(
     in_flight: deque[Future[None]] = deque()
     works: dict[int, SliceWork] = {}
 
-    def images() -> Iterator[tuple[Sample, SliceWork]]:
+    def listed() -> Iterator[tuple[Sample, SliceWork]]:
         for number, samples in slices.items():
             works[number] = resume(number)
             for sample in samples:
@@ -130,7 +130,8 @@ def label_slices(
         while len(in_flight) >= _NUM_AHEAD + scorer.num_parallel:
             in_flight.popleft().result()
         if views and not stop.requested:
-            fetch = scorer.start(np.stack([view.input.pixels for view in views if view.input]))
+            images = np.stack([view.input.pixels for view in views if view.input])
+            fetch = scorer.start(images, level=batch.level)
             in_flight.append(
                 writer.submit(_record, work, _Batch(batch.level, views), fetch, coding, progress)
             )
@@ -139,7 +140,7 @@ def label_slices(
         loaded_images = _in_order(
             loaders,
             lambda image: _load(load, *image),
-            images(),
+            listed(),
             ahead=num_workers + 2 * batch_sizes[0],
         )
         for number, samples in slices.items():

@@ -37,6 +37,7 @@ from .score import (
     level_batch_sizes,
     level_sizes,
     load_inputs,
+    tile_side,
 )
 from .sources import ImageSource, Sample
 from .teacher import Teacher
@@ -153,6 +154,7 @@ def measure(
     *,
     teacher: Teacher,
     levels: Sequence[int] = (),
+    tiles: bool = False,
     fit: str = "native",
     top_k: int = 5,
     mass: float | None = None,
@@ -167,6 +169,7 @@ def measure(
         source: The images. Those measured are spread evenly over it.
         teacher: Scores the cells.
         levels: Sides of the teacher's square image, px, see generate; none means its own size.
+        tiles: See generate.
         fit: How images meet the teacher, see fit.FITS.
         top_k: Classes kept per cell.
         mass: See generate.
@@ -185,10 +188,11 @@ def measure(
     num_workers = num_workers or default_workers()
     sizes = level_sizes(teacher, levels)
     check_scoring(teacher, fit=fit, top_k=top_k)
-    batch_sizes = level_batch_sizes(sizes, batch_size)
+    tile_px = tile_side(sizes) if tiles else None
+    batch_sizes = level_batch_sizes(sizes, batch_size, tile_px=tile_px)
     coding = MapCoding(num_classes=teacher.num_classes, score_bits=score_bits, mass=mass)
     load = partial(load_inputs, teacher=teacher, fit=fit, sizes=sizes)
-    with Scorer(teacher, top_k=top_k) as scorer:
+    with Scorer(teacher, top_k=top_k, tile_px=tile_px) as scorer:
         wanted = num_images or _NUM_BATCHES * batch_size * scorer.num_parallel
         chosen = [source.samples[i] for i in spread(len(source.samples), wanted)]
         loaded = _load_all(_ClockedSource.of(source), chosen, load, num_workers)
@@ -383,7 +387,10 @@ def _run(scorer: Scorer, batches: Sequence[_Batch], progress: tqdm) -> Iterator[
     end_secs = time.perf_counter()
     started: Sequence[Callable[[], CellScores]] = []
     for wave, following in zip([[], *waves], [*waves, []]):
-        ready = [scorer.start(np.stack([one.pixels for one in batch])) for batch in following]
+        ready = [
+            scorer.start(np.stack([one.pixels for one in batch]), level=batch[0].level)
+            for batch in following
+        ]
         if wave:
             scores = [fetch() for fetch in started]
             start_secs, end_secs = end_secs, time.perf_counter()

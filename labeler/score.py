@@ -8,10 +8,12 @@ That takes less time in all than cutting up each convolution, and the scores do 
 number of threads.
 """
 
+import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import NamedTuple
 
@@ -27,6 +29,11 @@ from .teacher import Teacher, round_to_stride
 
 _MAX_LOGITS = 1 << 27
 """Logits of a batch are made in pieces of this many numbers (512 MB) at most."""
+
+
+_TILE_STEP = 0.65
+"""From one tile to the next, at most, as a fraction of a tile. At 0.5 labels agree no better with
+the teacher, for a third more time; without overlap they agree less."""
 
 
 class TeacherInput(NamedTuple):
@@ -105,14 +112,80 @@ def check_scoring(teacher: Teacher, *, fit: str, top_k: int) -> None:
         )
 
 
-def level_batch_sizes(sizes: Sequence[int], batch_size: int) -> list[int]:
+def level_batch_sizes(
+    sizes: Sequence[int], batch_size: int, *, tile_px: int | None = None
+) -> list[int]:
     """Return how many images share a forward pass on each level: all take about the same memory.
 
     Args:
         sizes: From level_sizes.
         batch_size: On the first level.
+        tile_px: See Scorer.
     """
-    return [max(1, batch_size * sizes[0] ** 2 // size**2) for size in sizes]
+    seen = [size if tile_px is None else tile_px * num_tiles(size, tile_px) for size in sizes]
+    return [max(1, batch_size * sizes[0] ** 2 // side**2) for side in seen]
+
+
+def tile_side(sizes: Sequence[int]) -> int:
+    """Return the side of tiles, px, for levels of these sizes: the first.
+
+    Raises:
+        ValueError: If there is no level above it.
+    """
+    if len(sizes) < 2:
+        raise ValueError("tiles are for levels above the first; give --levels, e.g. 448,896")
+    return sizes[0]
+
+
+def num_tiles(side_px: int, tile_px: int) -> int:
+    """Return how many tiles cover a side; neighbours share about a third or more of themselves."""
+    beyond = max(0, side_px - tile_px)
+    return 1 + math.ceil(beyond / (_TILE_STEP * tile_px))
+
+
+def tiled_cells(
+    teacher: Teacher, images: UInt8[Tensor, "b 3 h w"], tile_px: int
+) -> Float[Tensor, "b rows cols d"]:
+    """Return the features of every cell, as the teacher sees it in a tile of the image.
+
+    A teacher that sees the whole image at four times its size knows from the surroundings what a
+    part is. A student that is given the part alone does not, nor does the teacher then. Where
+    tiles overlap, their features are averaged, the more of a tile's the closer to its middle.
+
+    Args:
+        teacher: Scores the cells.
+        images: Sides are multiples of its stride.
+        tile_px: Side of a tile, a multiple of the stride; an image's own side if that is shorter.
+    """
+    rows, cols = (side // teacher.stride for side in images.shape[2:])
+    tile = [min(tile_px // teacher.stride, side) for side in (rows, cols)]
+    weight = _tent(tile[0])[:, None] * _tent(tile[1])
+    weight = weight.to(images.device)[..., None]
+    sums: Tensor | None = None
+    for top in _tile_starts(rows, tile[0]):
+        for left in _tile_starts(cols, tile[1]):
+            area = slice(top, top + tile[0]), slice(left, left + tile[1])
+            y, x = (slice(s.start * teacher.stride, s.stop * teacher.stride) for s in area)
+            cells = teacher.cells(images[:, :, y, x]).float()
+            if sums is None:
+                sums = cells.new_zeros(len(images), rows, cols, cells.shape[3] + 1)
+            sums[:, area[0], area[1], :-1] += cells * weight
+            sums[:, area[0], area[1], -1:] += weight
+    assert sums is not None
+    return sums[..., :-1] / sums[..., -1:]
+
+
+def _tile_starts(num_cells: int, tile_cells: int) -> list[int]:
+    """First cells of the tiles along a side, evenly spread from end to end."""
+    count = num_tiles(num_cells, tile_cells)
+    beyond = num_cells - tile_cells
+    return [round(i * beyond / max(1, count - 1)) for i in range(count)]
+
+
+def _tent(num_cells: int) -> Float[Tensor, " n"]:
+    """Weights that fall from the middle of a tile to its ends, but not to nothing."""
+    places = (torch.arange(num_cells) + 0.5) / num_cells
+    return (1 - (2 * places - 1).abs()).clamp(min=0.01)
 
 
 def load_inputs(
@@ -150,14 +223,17 @@ class Scorer:
     A context manager: threads of its own end with it.
     """
 
-    def __init__(self, teacher: Teacher, *, top_k: int) -> None:
+    def __init__(self, teacher: Teacher, *, top_k: int, tile_px: int | None = None) -> None:
         """Start the threads that a CPU needs.
 
         Args:
             teacher: Scores the cells.
             top_k: Classes kept per cell, 1 to teacher.num_classes.
+            tile_px: Above the first level, images are seen in overlapping tiles of this side;
+                None: whole.
         """
-        self._teacher, self._top_k = teacher, top_k
+        self._start = partial(start_batch, teacher, top_k=top_k)
+        self._tile_px = tile_px
         on_cpu = teacher.device.type == "cpu"
         self.num_parallel = torch.get_num_threads() if on_cpu else 1
         """Batches that are computed at the same time; the others wait for them."""
@@ -181,17 +257,20 @@ class Scorer:
         if self._threads is not None:
             self._threads.shutdown(wait=True, cancel_futures=True)
 
-    def start(self, images: UInt8[np.ndarray, "b h w 3"]) -> Callable[[], CellScores]:
-        """Start the teacher on a batch.
+    def start(
+        self, images: UInt8[np.ndarray, "b h w 3"], *, level: int = 0
+    ) -> Callable[[], CellScores]:
+        """Start the teacher on a batch of images on one level.
 
         Returns:
             A function that waits for the device and returns the scores. It raises ValueError if
             the batch does not fit into the device's memory, CancelledError (concurrent.futures)
             after drop_waiting.
         """
+        tile_px = self._tile_px if level > 0 else None
         if self._threads is None:
-            return start_batch(self._teacher, images, top_k=self._top_k)
-        computed = self._threads.submit(start_batch, self._teacher, images, top_k=self._top_k)
+            return self._start(images, tile_px=tile_px)
+        computed = self._threads.submit(self._start, images, tile_px=tile_px)
         return lambda: computed.result()()
 
     def drop_waiting(self) -> None:
@@ -202,9 +281,19 @@ class Scorer:
 
 @torch.inference_mode()
 def start_batch(
-    teacher: Teacher, images: UInt8[np.ndarray, "b h w 3"], *, top_k: int
+    teacher: Teacher,
+    images: UInt8[np.ndarray, "b h w 3"],
+    *,
+    top_k: int,
+    tile_px: int | None = None,
 ) -> Callable[[], CellScores]:
     """Start the teacher on a batch: on a GPU without waiting for it, on a CPU to the end.
+
+    Args:
+        teacher: Scores the cells.
+        images: Sides are multiples of its stride.
+        top_k: Classes kept per cell.
+        tile_px: See tiled_cells; None: each image is seen whole.
 
     Returns:
         A function that waits for the device and returns the scores.
@@ -217,7 +306,8 @@ def start_batch(
     if on_gpu:
         batch = batch.pin_memory()
     try:
-        cells = teacher.cells(batch.to(teacher.device, non_blocking=True).permute(0, 3, 1, 2))
+        batch = batch.to(teacher.device, non_blocking=True).permute(0, 3, 1, 2)
+        cells = teacher.cells(batch) if tile_px is None else tiled_cells(teacher, batch, tile_px)
         num_logits = cells[0, ..., 0].numel() * teacher.num_classes
         pieces = cells.split(max(1, _MAX_LOGITS // num_logits))
         reduced = [reduce_to_top_k(teacher.classify(piece), top_k) for piece in pieces]

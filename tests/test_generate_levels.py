@@ -65,9 +65,9 @@ def batches_of(monkeypatch) -> list[tuple[int, ...]]:
     shapes = []
     start = Scorer.start
 
-    def noting(self, images):
+    def noting(self, images, *, level=0):
         shapes.append(images.shape)
-        return start(self, images)
+        return start(self, images, level=level)
 
     monkeypatch.setattr(Scorer, "start", noting)
     return shapes
@@ -240,7 +240,7 @@ def stop_at(monkeypatch, num_batches: int) -> None:
     """Send this process SIGTERM at its so-manieth batch; those before it are computed by then."""
     start, count = Scorer.start, 0
 
-    def counting(self, images):
+    def counting(self, images, *, level=0):
         nonlocal count
         count += 1
         if count == num_batches:
@@ -329,12 +329,12 @@ import torch, timm, tokenlabel.labeler.generate, tokenlabel.labeler.teacher  # o
 
 start, left = Scorer.start, 0
 
-def counting(self, images):
+def counting(self, images, *, level=0):
     global left
     left -= 1
     if left == 0:
         os.kill(os.getpid(), signal.SIGTERM)
-    return start(self, images)
+    return start(self, images, level=level)
 
 Scorer.start = counting
 for left in (4, 3, 0):

@@ -364,7 +364,7 @@ def test_each_stage_gets_its_own_time(photos, monkeypatch):
             super().__init__(*args, **options)
             self.num_parallel = 1
 
-        def start(self, images) -> Callable[[], CellScores]:
+        def start(self, images, *, level=0) -> Callable[[], CellScores]:
             fetch = super().start(images)
 
             def slow_fetch() -> CellScores:
