@@ -3,8 +3,8 @@
 What happens to which sample is drawn elsewhere (augment_draws.py). Here each layer is a handful of
 torch calls for all samples that share a kind of operation, so one definition serves CPU and GPU:
 eight operations are a table of 256 bytes per channel, four geometric ones a shift of each row or
-column, rotation a gather (on a CPU Pillow's own), saturation and sharpness a blend. docs/feed.md says
-how close each is.
+column, rotation a gather (on a CPU Pillow's own), saturation and sharpness a blend. docs/feed.md
+says how close each is.
 """
 
 from collections.abc import Callable
