@@ -1459,6 +1459,89 @@ def train_run(
         click.echo(f"{out}/report.html")
 
 
+@train.command("preview")
+@_recipe_option
+@click.option("--data", type=_FOLDER, required=True, help="A data set made by tl-shard pack.")
+@click.option("--out", type=_FILE, required=True, help="A .png to write.")
+@click.option("--split", default="train", show_default=True, help="Split to learn from.")
+@click.option("--count", default=8, show_default=True, help="Crops to show.")
+@_set_option
+def train_preview(
+    recipe: str, data: Path, out: Path, split: str, count: int, overrides: tuple[str, ...]
+) -> None:
+    """Show what a run would learn from: augmented crops, and their token targets beside them.
+
+    Crops and targets have gone through everything that the recipe asks for: RandAugment, erasing,
+    MixToken, label smoothing. Tokens that are not taught are struck through.
+
+    \b
+    Example:
+      tl-train preview --recipe demo --data demo/shards --out preview.png
+    """
+    from .shards.index import read_index
+    from .trainer.loop import resolve
+    from .trainer.preview import write_preview
+    from .trainer.recipe import load_recipe
+
+    resolved = resolve(load_recipe(recipe, overrides), read_index(data))
+    write_preview(resolved, data, out, split=split, num_crops=count)
+    click.echo(out)
+
+
+@train.command("plan")
+@_recipe_option
+@click.option("--data", type=_FOLDER, required=True, help="A data set made by tl-shard pack.")
+@click.option("--split", default="train", show_default=True, help="Split to learn from.")
+@click.option("--val-split", help="Split to evaluate on.  [default: val, if there is one]")
+@click.option("--processes", default=1, show_default=True, help="Processes that the run will have.")
+@click.option("--steps", default=8, show_default=True, help="Steps to time.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_set_option
+@_json_option
+def train_plan(
+    recipe: str,
+    data: Path,
+    split: str,
+    val_split: str | None,
+    processes: int,
+    steps: int,
+    device: str,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Say what a run will take: hours and memory, and whether feed or device limits it.
+
+    A few batches and steps are timed on this device, with the share of one process, and nothing is
+    written. The time that processes take to exchange gradients is not in it.
+
+    \b
+    Examples:
+      tl-train plan --recipe demo --data demo/shards
+      tl-train plan --recipe lvvit_s_224 --data shards --processes 8
+    """
+    import json
+
+    from .shards.index import read_index
+    from .trainer.loop import resolve
+    from .trainer.plan import in_words, measure
+    from .trainer.recipe import load_recipe
+
+    found = measure(
+        resolve(load_recipe(recipe, overrides), read_index(data)),
+        data,
+        split=split,
+        val_split=val_split,
+        device=device,
+        num_processes=processes,
+        num_steps=steps,
+    )
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2))
+        return
+    for name, value in in_words(found).items():
+        click.echo(f"{name:<10}{value}")
+
+
 @train.command("report")
 @click.argument("run", metavar="RUN", type=_FOLDER)
 def train_report(run: Path) -> None:
@@ -1504,15 +1587,45 @@ def train_export(checkpoint: Path, out: Path, form: Any, ema: bool | None) -> No
 
 
 @train.command("recipes")
-def train_recipes() -> None:
-    """List the recipes that come with tokenlabel."""
-    from .trainer.recipe import load_recipe, recipe_names
+@_json_option
+def train_recipes(as_json: bool) -> None:
+    """List the recipes that come with tokenlabel.
 
-    click.echo(f"{'recipe':<14} {'paper top-1':>11}  summary")
-    for name in recipe_names():
-        found = load_recipe(name)
-        top1 = f"{found.paper_top1:.1f} %" if found.paper_top1 else "-"
-        click.echo(f"{name:<14} {top1:>11}  {found.summary}")
+    GPU hours are an upper bound, and blank where no paper states them. Top-1 is what the paper
+    reports on ImageNet-1k, in percent.
+    """
+    import json
+
+    from .trainer.recipe import recipe_names
+
+    found = [_recipe_facts(name) for name in recipe_names()]
+    if as_json:
+        click.echo(json.dumps(found, indent=2, ensure_ascii=False))
+        return
+    heads = dict(name="recipe", summary="summary", epochs="epochs", gpu_hours="GPU hours")
+    rows = [heads | {"paper_top1": "paper top-1"}]
+    rows += [{key: "" if v is None else f"{v}" for key, v in facts.items()} for facts in found]
+    widths = {key: max(len(row[key]) for row in rows) for key in rows[0]}
+    for row in rows:
+        texts = [row[key].ljust(widths[key]) for key in ("name", "summary")]
+        texts += [row[key].rjust(widths[key]) for key in ("epochs", "gpu_hours", "paper_top1")]
+        click.echo("  ".join(texts).rstrip())
+
+
+def _recipe_facts(name: str) -> dict[str, Any]:
+    from .trainer.recipe import find_recipe, load_recipe
+
+    recipe = load_recipe(name)
+    duration, cooldown = recipe.schedule.duration, recipe.schedule.cooldown
+    in_epochs = duration.unit == cooldown.unit == "epochs"
+    hours = re.search(r"^# GPU hours +(\d+)", find_recipe(name).read_text("utf-8"), re.MULTILINE)
+    return {
+        "name": name,
+        "summary": recipe.summary,
+        "epochs": round(duration.amount + cooldown.amount) if in_epochs else None,
+        "gpu_hours": int(hours[1]) if hours else None,
+        "paper_top1": recipe.paper_top1,
+    }
 
 
 @train.command("show")

@@ -5,11 +5,15 @@ the runs do. It has to fork before torch starts any threads, so it computes noth
 """
 
 import os
+import random
+import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,6 +67,17 @@ KILLS = {
 """Step at which each killed run dies, and whether it dies while the checkpoint is written."""
 
 
+USER_ERROR = 2 << 8
+"""What waitpid says of a process that ended with status 2."""
+
+PAIR_KILLS = random.Random(4).sample(range(1, 13), 2)
+"""Steps at which a run of two processes is killed, one after the other."""
+
+
+PAIR = ("optim.batch_size=8", "run.device_batch_size=2", "schedule.duration=11 steps")
+"""The recipe of the runs on two processes; epoch 4 ends with step 12, the run with step 13."""
+
+
 def tiny_recipe(*overrides: str) -> Recipe:
     return parse_recipe(TINY, overrides)
 
@@ -107,7 +122,7 @@ def fixed_data(
         class_ids=names,
         class_names=names,
         num_samples=20,
-        open_train=lambda state: FixedFeed(rows or [0, 1, 2, 3], state, spoil),
+        open_train=lambda state, first_pass: FixedFeed(rows or [0, 1, 2, 3], state, spoil),
         eval_batches=[next(eval_feed) for _ in range(num_eval)] or None,
     )
 
@@ -127,36 +142,47 @@ def write_data(folder: Path) -> None:
 # ------------------------------------------------------------------------------ as a script
 
 
+def fork(job: Callable[[], object]) -> int:
+    """Run a job in a process of its own."""
+    child = os.fork()
+    if child == 0:
+        try:
+            job()
+            os._exit(0)
+        except BaseException as error:
+            sys.stderr.write(f"{error!r}\n")
+            os._exit(1)
+    return child
+
+
 def in_forks(*jobs: Callable[[], object]) -> list[int]:
     """Run each job in a process of its own, all at once; return how they ended, as waitpid does."""
-    children = []
-    for job in jobs:
-        child = os.fork()
-        if child == 0:
-            try:
-                job()
-                os._exit(0)
-            except BaseException as error:
-                sys.stderr.write(f"{error!r}\n")
-                os._exit(1)
-        children.append(child)
+    children = [fork(job) for job in jobs]
     return [os.waitpid(child, 0)[1] for child in children]
 
 
 def run_on_shards(
-    data: Path, out: Path, *, kill_at: int | None = None, in_save: bool = False
+    data: Path,
+    out: Path,
+    *overrides: str,
+    kill_at: int | None = None,
+    in_save: bool = False,
+    before_batch: Callable[[int], object] = lambda number: None,
 ) -> None:
     """Train on real shards through DALI; die by SIGKILL when batch `kill_at` is asked for.
 
     With `in_save` die instead when the checkpoint after that batch has been written but not yet
-    renamed.
+    renamed. An error of the run is written to OUT.txt. `before_batch` gets the number of batches
+    so far.
     """
     torch.set_num_threads(1)
     deliver, rename = TrainFeed.__next__, Path.replace
 
     def deliver_or_die(self: TrainFeed) -> Batch:
-        if self.state()["num_batches"] == kill_at and not in_save:
+        number = self.state()["num_batches"]
+        if number == kill_at and not in_save:
             os.kill(os.getpid(), signal.SIGKILL)
+        before_batch(number)
         return deliver(self)
 
     def rename_or_die(self: Path, target: Path) -> Path:
@@ -167,11 +193,68 @@ def run_on_shards(
     loop.write_report = lambda out: out  # tested elsewhere; it would take most of the time
     TrainFeed.__next__ = deliver_or_die
     Path.replace = rename_or_die  # pyright: ignore[reportAttributeAccessIssue]
-    recipe = tiny_recipe("evaluation.every=4 steps")
-    loop.train(recipe, data=data, out=out, resume=True, device="cpu")
+    recipe = tiny_recipe("evaluation.every=4 steps", *overrides)
+    with noting_error(out):
+        loop.train(recipe, data=data, out=out, resume=True, device="cpu")
 
 
-def run_as(rank: int, world_size: int, port: int, out: Path, *, frozen: bool = True) -> None:
+@contextmanager
+def noting_error(out: Path) -> Iterator[None]:
+    """Write a message for users to OUT.txt and end with status 2, as the command does."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        out.with_suffix(".txt").write_text(str(error))
+        os._exit(2)
+
+
+def refuse_large_files(number: int) -> None:
+    """From the fifth batch on, let writing fail as it does on a full disk: in the middle."""
+    if number == 5:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, resource.RLIM_INFINITY))
+
+
+def become(rank: int, world_size: int, port: int) -> None:
+    """Make this process one of many, as torchrun does."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
+    os.environ |= {name: str(v) for name, v in zip(names, (rank, rank, world_size, port))}
+    os.environ["MASTER_ADDR"] = "localhost"
+
+
+def run_pair_on_shards(data: Path, out: Path, *, kill_at: int | None = None) -> list[int]:
+    """Train on real shards on two processes, in parts; the first is killed, as in run_on_shards."""
+    port = free_port()
+
+    def run(rank: int) -> None:
+        become(rank, 2, port)
+        run_on_shards(data, out, *PAIR, kill_at=None if rank else kill_at)
+
+    return in_forks(partial(run, 0), partial(run, 1))
+
+
+def run_with_one_that_hangs(out: Path) -> list[int]:
+    """Train on two processes of which the second stands still in step 3; wait for the first."""
+    port = free_port()
+
+    def stand_still(batch: Batch, number: int) -> None:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGSTOP)
+
+    def run(rank: int) -> None:
+        become(rank, 2, port)
+        data = fixed_data([0, 1, 2, 3], stand_still if rank else None)
+        with noting_error(out), join_processes("cpu", timeout=timedelta(seconds=3)) as place:
+            loop.fit(tiny_recipe("optim.batch_size=8"), data, out, place)
+
+    first, second = fork(partial(run, 0)), fork(partial(run, 1))
+    ends = [os.waitpid(first, 0)[1]]
+    os.kill(second, signal.SIGKILL)
+    return [*ends, os.waitpid(second, 0)[1]]
+
+
+def run_as(
+    rank: int, world_size: int, port: int, out: Path, *overrides: str, frozen: bool = True
+) -> None:
     """Train on the same batches of 8 as one process or as two.
 
     Batch norm's statistics are frozen unless the run is about them; each process evaluates other
@@ -180,14 +263,13 @@ def run_as(rank: int, world_size: int, port: int, out: Path, *, frozen: bool = T
     torch.set_num_threads(1)
     if frozen:
         PatchEmbed.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # pyright: ignore[reportAttributeAccessIssue]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT")
-    os.environ |= {name: str(v) for name, v in zip(names, (rank, rank, world_size, port))}
-    os.environ["MASTER_ADDR"] = "localhost"
+    become(rank, world_size, port)
     # Image i's partner in MixToken is image 7 - i: both processes hold whole pairs.
     rows = {1: [list(range(8))], 2: [[0, 1, 6, 7], [2, 3, 4, 5]]}[world_size][rank]
     recipe = tiny_recipe(
-        "optim.batch_size=8", "optim.lr=1e-2", "model.drop_path=0", "optim.clip_grad=0.5"
-    )
+        "optim.batch_size=8", "optim.lr=1e-2", "model.drop_path=0", "optim.clip_grad=0.5",
+        *overrides,
+    )  # fmt: skip
     data = fixed_data(rows, num_eval=world_size)
     data = replace(data, eval_batches=list(data.eval_batches or [])[rank : rank + 1])
     with join_processes("cpu") as place:
@@ -209,10 +291,26 @@ def main(folder: Path) -> None:
         run = partial(run_on_shards, data, folder / name)
         assert in_forks(partial(run, kill_at=step, in_save=in_save)) == [signal.SIGKILL]
         assert in_forks(run) == [0]
+    full = partial(run_on_shards, data, folder / "full-disk")
+    assert in_forks(partial(full, before_batch=refuse_large_files)) == [USER_ERROR]
+    assert in_forks(full) == [0]
+    assert run_pair_on_shards(data, folder / "pair") == [0, 0]
+    for step in PAIR_KILLS:
+        # The other process learns of it and ends by itself.
+        ends = run_pair_on_shards(data, folder / "killed-pair", kill_at=step)
+        assert ends == [signal.SIGKILL, USER_ERROR]
+    assert run_pair_on_shards(data, folder / "killed-pair") == [0, 0]
+    assert run_with_one_that_hangs(folder / "hanging") == [USER_ERROR, signal.SIGKILL]
     port = free_port()
     assert in_forks(partial(run_as, 0, 1, port, folder / "one-process")) == [0]
     pair = [partial(run_as, rank, 2, port, folder / "two-processes") for rank in (0, 1)]
     assert in_forks(*pair) == [0, 0]
+    for world_size, name in ((1, "one-process-in-parts"), (2, "two-processes-in-parts")):
+        jobs = [
+            partial(run_as, rank, world_size, port, folder / name, "run.device_batch_size=2")
+            for rank in range(world_size)
+        ]
+        assert in_forks(*jobs) == [0] * world_size
     out = folder / "two-processes-with-statistics"
     pair = [partial(run_as, rank, 2, port, out, frozen=False) for rank in (0, 1)]
     assert in_forks(*pair) == [0, 0]

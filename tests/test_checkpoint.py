@@ -16,6 +16,7 @@ from tokenlabel.trainer.checkpoint import (
     load_model,
     load_weights,
     read,
+    read_latest,
     save,
     save_step,
     step_files,
@@ -98,6 +99,16 @@ def test_saving_keeps_the_newest_two_the_last_and_the_best(tmp_path):
     ]  # fmt: skip
     assert read(tmp_path / "last.pt").step == 30
     assert read(tmp_path / "best.pt").step == 4
+
+
+def test_saving_after_going_back_removes_the_checkpoints_of_later_steps(tmp_path):
+    model = new_model()
+    for step in (4, 6, 8, 5):
+        save_step(checkpoint_of(model, step=step), tmp_path, is_best=False, ends_epoch=step == 4)
+    assert [path.name for path in step_files(tmp_path)] == ["step-5.pt"]
+    path, found, problems = read_latest(tmp_path)
+    assert (path.name, found.step, problems) == ("last.pt", 5, [])
+    assert read(tmp_path / "epoch.pt").step == 4
 
 
 def test_last_and_best_are_copies_where_the_disk_has_no_hard_links(tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,12 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from loop_runs import KILLS, fixed_data, tiny_recipe, write_data
+from loop_runs import KILLS, PAIR, fixed_data, tiny_recipe, write_data
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from tokenlabel.trainer import run_log
+from tokenlabel.trainer import loop, run_log
 from tokenlabel.trainer.checkpoint import Checkpoint, load_model, read
 from tokenlabel.trainer.distributed import Place, join_processes
 from tokenlabel.trainer.evaluate import evaluate
@@ -112,6 +113,56 @@ def test_a_killed_run_logs_every_step_once_with_the_same_numbers(runs, name):
     assert [line["step"] for line in lines(runs / name, "train")] == list(range(1, 15))
 
 
+def test_two_processes_killed_at_random_steps_and_resumed_end_in_the_same_bits(runs):
+    undisturbed, resumed = last(runs / "pair"), last(runs / "killed-pair")
+    assert undisturbed.step == resumed.step == 13
+    assert differing(undisturbed, resumed) == []
+    assert undisturbed.feed == resumed.feed
+    assert len(undisturbed.feed) == 2
+    records = [list(map(without_timing, read_metrics(runs / n))) for n in ("pair", "killed-pair")]
+    assert records[0] == records[1]
+
+
+def test_a_process_whose_peer_has_died_or_hangs_says_so_and_stops(runs):
+    for name in ("killed-pair", "hanging"):
+        message = (runs / f"{name}.txt").read_text()
+        assert "another one has died or not answered for" in message
+        assert "--resume" in message
+        assert "\n" not in message
+
+
+def test_a_full_disk_stops_with_what_is_saved_and_the_run_goes_on_from_there(runs):
+    message = (runs / "full-disk.txt").read_text()
+    assert "File too large" in message  # what this test's limit says instead of No space left
+    assert "stopped at step 6 and is saved up to step 4: --resume goes on from there" in message
+    assert differing(last(runs / "undisturbed"), last(runs / "full-disk")) == []
+
+
+def test_a_lost_shard_stops_with_what_is_saved_and_the_run_goes_on_once_it_is_back(
+    runs, shards, tmp_path, monkeypatch
+):
+    data, hidden = tmp_path / "data", tmp_path / "hidden"
+    shutil.copytree(shards, data)
+    lost = next(data.glob("**/*val*.tar"))
+    deliver = TrainFeed.__next__
+
+    def deliver_and_lose(self: TrainFeed) -> Batch:
+        if self.state()["num_batches"] == 7:
+            lost.rename(hidden)
+        return deliver(self)
+
+    recipe = tiny_recipe("evaluation.every=4 steps")
+    monkeypatch.setattr(loop, "write_report", lambda out: out)
+    monkeypatch.setattr(TrainFeed, "__next__", deliver_and_lose)
+    message = rf"{lost.name}.* stopped at step 8 and is saved up to step 6: --resume goes on"
+    with pytest.raises((OSError, ValueError), match=message):
+        train(recipe, data=data, out=tmp_path / "run", device="cpu")
+    monkeypatch.setattr(TrainFeed, "__next__", deliver)
+    hidden.rename(lost)
+    train(recipe, data=data, out=tmp_path / "run", resume=True, device="cpu")
+    assert differing(last(tmp_path / "run"), last(runs / "undisturbed")) == []
+
+
 def test_the_comparison_of_bits_sees_a_single_one(runs):
     one, other = last(runs / "undisturbed"), last(runs / "undisturbed")
     other.model["cls_token"][0, 0, 0] += 1e-9
@@ -187,30 +238,101 @@ def test_resuming_may_change_what_does_not_decide_the_result(tmp_path):
     run(tmp_path, "run.log_every=5 steps", "run.workers=2", "evaluation.crop_pct=1", resume=True)
 
 
-def test_resuming_with_other_classes_or_processes_is_refused(tmp_path):
+def test_resuming_with_other_classes_is_refused(tmp_path):
     run(tmp_path)
     renamed = dataclasses.replace(fixed_data(), class_ids=[f"x{i}" for i in range(40)])
     with pytest.raises(ValueError, match="--resume with other classes"):
         fit(tiny_recipe(), renamed, tmp_path, HERE, resume=True)
-    path = tmp_path / "checkpoints" / "last.pt"
-    content = torch.load(path, weights_only=True) | {"world_size": 2}
-    torch.save(content, path)
-    with pytest.raises(ValueError, match="1 processes: the run was saved by 2; start as many"):
+
+
+def tear(path: Path) -> None:
+    """Cut a file, under all of its names, short."""
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+def test_a_torn_checkpoint_is_passed_over_for_the_previous_one_and_that_is_said(tmp_path, caplog):
+    run(tmp_path)
+    before = last(tmp_path)
+    tear(tmp_path / "checkpoints" / "last.pt")
+    run(tmp_path, resume=True)
+    assert "passed over: " in caplog.text
+    assert "last.pt is torn" in caplog.text
+    assert "going on from " in caplog.text
+    assert "step-12.pt, step 12, instead" in caplog.text
+    assert differing(last(tmp_path), before) == []
+    assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 15))
+
+
+def test_where_no_checkpoint_can_be_used_each_says_why(tmp_path):
+    run(tmp_path)
+    tear(tmp_path / "checkpoints" / "last.pt")
+    (tmp_path / "checkpoints" / "step-12.pt").unlink()
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "checkpoints" / "step-12.pt")
+    with pytest.raises(ValueError, match="can be resumed: .*last.pt is torn.*step-12.pt is not a"):
         run(tmp_path, resume=True)
+
+
+def saved_by_two(path: Path) -> None:
+    torch.save(torch.load(path, weights_only=True) | {"world_size": 2}, path)
+
+
+def test_another_number_of_processes_goes_on_at_the_last_whole_epoch_and_says_so(tmp_path, caplog):
+    asked = []
+
+    def open_train(state: Any, first_pass: int) -> Any:
+        asked.append((state, first_pass))
+        return fixed_data().open_train(state, first_pass)
+
+    every = "run.checkpoint_every=5 steps"
+    run(tmp_path, every)
+    for name in ("last", "epoch"):
+        saved_by_two(tmp_path / "checkpoints" / f"{name}.pt")
+    (tmp_path / "checkpoints" / "step-10.pt").unlink()
+    data = dataclasses.replace(fixed_data(), open_train=open_train)
+    fit(tiny_recipe(every), data, tmp_path, HERE, resume=True)
+    assert "last.pt was saved by 2 processes, not 1, at step 14, in the middle of" in caplog.text
+    assert "goes on with 1: from the end of epoch 2, step 10" in caplog.text
+    assert asked == [(None, 2)]
+    assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 15))
+
+
+def test_another_number_of_processes_is_refused_where_no_epoch_was_saved(tmp_path):
+    run(tmp_path)
+    for path in (tmp_path / "checkpoints").glob("*.pt"):
+        saved_by_two(path)
+    with pytest.raises(ValueError, match="saved by 2 processes, not 1, .* start 2 again, or begin"):
+        run(tmp_path, resume=True)
+
+
+def test_a_run_of_two_processes_goes_on_alone_with_other_draws(runs, caplog):
+    folder = runs / "alone"
+    shutil.copytree(runs / "pair", folder)
+    recipe = tiny_recipe("evaluation.every=4 steps", *PAIR)
+    for attempt in ("from the end of an epoch", "from a checkpoint of its own"):
+        train(recipe, data=runs / "data", out=folder, resume=True, device="cpu")
+        feed, first = last(folder).feed[0], last(runs / "pair").feed[0]
+        assert (feed["world_size"], feed["batch_size"], feed["num_batches"]) == (1, 8, 1), attempt
+        assert feed["seed"] != first["seed"]
+    assert caplog.text.count("goes on with 1: from the end of epoch 4, step 12") == 1
 
 
 # -------------------------------------------------------------------------- many processes
 
 
-def test_two_processes_give_the_losses_and_weights_of_one(runs):
-    one, two = lines(runs / "one-process", "train"), lines(runs / "two-processes", "train")
-    assert len(one) == len(two) == 14
-    for name in ("loss", "class_loss", "dense_loss", "grad_norm"):
-        assert [line[name] for line in two] == pytest.approx([line[name] for line in one], abs=1e-5)
+@pytest.mark.parametrize(
+    "name", ["two-processes", "one-process-in-parts", "two-processes-in-parts"]
+)
+def test_more_processes_and_parts_of_a_batch_give_the_losses_and_weights_of_one(runs, name):
+    one, other = lines(runs / "one-process", "train"), lines(runs / name, "train")
+    assert len(one) == len(other) == 14
+    for key in ("loss", "class_loss", "dense_loss", "grad_norm"):
+        found, expected = [line[key] for line in other], [line[key] for line in one]
+        assert found == pytest.approx(expected, abs=1e-5)
     assert one[0]["loss"] - one[12]["loss"] > 0.01  # the same images again, and better known
-    a, b = last(runs / "one-process").model, last(runs / "two-processes").model
-    for name in a:
-        torch.testing.assert_close(b[name], a[name], rtol=1e-3, atol=1e-4, msg=name)
+    a, b = last(runs / "one-process").model, last(runs / name).model
+    for key in a:
+        torch.testing.assert_close(b[key], a[key], rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
@@ -272,6 +394,15 @@ def test_tensorboard_holds_the_numbers_of_the_metrics_file(tmp_path):
     expected = lines(tmp_path, "train")
     assert [event.step for event in scalars] == [line["step"] for line in expected]
     assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in expected])
+
+
+def test_tensorboard_shows_crops_and_targets_at_the_start_and_after_each_epoch(tmp_path):
+    run(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    sheets = events.Images("crops")
+    assert [sheet.step for sheet in sheets] == [1, 5, 10]  # an epoch is 5 steps
+    assert min(sheets[0].width, sheets[0].height) > 600
 
 
 def test_the_line_of_many_steps_is_their_mean(tmp_path):
@@ -347,7 +478,7 @@ def test_the_loop_computes_what_a_plain_loop_does(tmp_path):
     optimizer = torch.optim.AdamW(
         [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     )
-    feed = fixed_data().open_train(None)
+    feed = fixed_data().open_train(None, 0)
     top, floor = 1e-3, 1e-5
     warmup = [1e-6, (1e-6 + top) / 2]
     cosine = [floor + (top - floor) * (1 + math.cos(math.pi * step / 4)) / 2 for step in (2, 3)]

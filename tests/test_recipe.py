@@ -1,18 +1,35 @@
 """Recipes: round trip through TOML, and errors that say what to write instead."""
 
 import dataclasses
+import itertools
+import json
+import logging
 import math
+import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import timm
+import torch
+import torch.nn.functional as F
 from click.testing import CliRunner
+from loop_runs import FixedFeed, fixed_data
+from shard_sets import NUM_CLASSES, make_samples, write_split
+from test_readme import parse
+from torchvision.ops import roi_align
 
 from tokenlabel import cli
+from tokenlabel.trainer import loop, run_log
+from tokenlabel.trainer.checkpoint import read
+from tokenlabel.trainer.distributed import Place
+from tokenlabel.trainer.feed import Batch
+from tokenlabel.trainer.mix_token import sample_box
 from tokenlabel.trainer.models import create_model
 from tokenlabel.trainer.optim import Schedule, explain_lr
 from tokenlabel.trainer.recipe import (
-    RECIPE_FOLDER,
     AugmentConfig,
     Duration,
     EmaConfig,
@@ -29,37 +46,79 @@ from tokenlabel.trainer.recipe import (
     to_toml,
 )
 
-
-def shrunk(recipe: Recipe) -> Recipe:
-    kwargs: dict[str, Any] = {"embed_dim": 16, "num_heads": 2, "depth": 1}
-    if recipe.model.name.startswith("lvvit"):
-        kwargs["stem_width"] = 4
-    if recipe.model.name == "convnext_tiny":
-        kwargs = {"dims": (8, 8, 8, 8), "depths": (1, 1, 1, 1)}
-    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, kwargs=kwargs))
-
-
 # ----------------------------------------------------------------------------- shipped recipes
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_shipped_recipes_load_build_their_model_and_survive_the_round_trip(name):
+def test_shipped_recipes_load_and_survive_the_round_trip(name):
     recipe = load_recipe(name)
     assert recipe.summary
     assert parse_recipe(to_toml(recipe)) == recipe
-    model = shrunk(recipe).model
-    if not model.num_classes:  # it takes the data set's
-        model = dataclasses.replace(model, num_classes=7)
-    assert create_model(model).num_classes == model.num_classes
+
+
+FULL_SIZES = {
+    "class_labels": (28.6e6, 7),
+    "deit_small": (22.4e6, 14),
+    "demo": (1_063_008, 7),
+    "lvvit_l_224": (150_021_968, 14),
+    "lvvit_l_448": (150.47e6, 28),
+    "lvvit_l_512": (150.66e6, 32),
+    "lvvit_m_224": (55_830_544, 14),
+    "lvvit_m_384": (56.03e6, 24),
+    "lvvit_m_448": (56.13e6, 28),
+    "lvvit_s_224": (26_151_824, 14),
+    "lvvit_s_384": (26.30e6, 24),
+    "lvvit_t_224": (8_534_720, 14),
+    "relabel_resnet50": (25_557_032, 7),
+    "t2t_vit_14": (21.9e6, 14),
+    "transfer": (26_151_824, 14),
+    "volo_d1": (26.6e6, 14),
+}
+"""Parameters with 1000 classes, rounded or exact, and tokens along a side."""
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_shipped_recipes_build_their_model_at_its_full_size(name):
+    recipe = load_recipe(name)
+    config = dataclasses.replace(recipe.model, num_classes=recipe.model.num_classes or 1000)
+    with torch.device("meta"):  # shapes alone, no memory and no arithmetic
+        model = create_model(config, dense=recipe.labels.dense_weight > 0)
+    expected, side = FULL_SIZES[name]
+    tolerance = 0 if isinstance(expected, int) else 0.002
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=tolerance)
+    assert model.grid == (side, side)
+
+
+def header(name: str) -> list[str]:
+    """The comment that a shipped recipe begins with, without its marks."""
+    lines = find_recipe(name).read_text(encoding="utf-8").splitlines()
+    return [line[2:] for line in itertools.takewhile(lambda line: line.startswith("#"), lines)]
+
+
+def commands(name: str) -> list[list[str]]:
+    """Its commands of ours as their words; what continues a command stands 4 columns deeper."""
+    text = "\n".join(header(name))
+    found = re.findall(r"^.{10}(?:torchrun .*)?(tl-.*(?:\n {14}.*)*)", text, re.MULTILINE)
+    return [command.split() for command in found]
 
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_open_with_what_a_reader_needs(name):
-    text = (RECIPE_FOLDER / f"{name}.toml").read_text(encoding="utf-8")
-    needed = ["# Hardware"]
-    of_a_paper = name not in ("demo", "class_labels")
-    needed += ["# Paper", "# Original", "on purpose"] if of_a_paper else ["# Command", "# Expect"]
-    assert [word for word in needed if word not in text] == []
+    labels = [line[:10].strip() for line in header(name) if line[:10].strip()]
+    of_a_paper = ["Paper", "Original", "Hardware", "Here"]
+    is_ours = name in ("demo", "class_labels")
+    needed = ["Hardware", "Command", "Expect"] if is_ours else of_a_paper
+    assert [label for label in needed if label not in labels] == []
+    assert is_ours or "on purpose" in "\n".join(header(name))
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_commands_in_shipped_recipes_parse_and_name_the_recipe(name):
+    refers = re.search(r"^Here +the commands in (\w+).toml", "\n".join(header(name)), re.MULTILINE)
+    found = commands(refers[1] if refers else name)
+    recipes = [parse(words).get("recipe") for words in found]
+    assert (refers[1] if refers else name) in recipes
+    assert f"--recipe {name}" in " ".join(header(name))
 
 
 @pytest.mark.parametrize(
@@ -90,6 +149,176 @@ def test_the_paper_recipes_say_what_the_paper_says(name, lr, drop_path, crop_pct
     assert (recipe.labels.class_weight, recipe.labels.dense_weight) == (1, 1)
     assert recipe.augment.scale == (0.08, 1.0)
     assert recipe.augment.random_erasing == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "drop_path", "crop_pct", "top1"),
+    [
+        ("lvvit_s_384", 0.1, 0.9, 84.4),
+        ("lvvit_m_384", 0.2, 1.0, 85.4),
+        ("lvvit_m_448", 0.2, 1.0, 85.5),
+        ("lvvit_l_448", 0.3, 1.0, 86.2),
+        ("lvvit_l_512", 0.3, 1.0, 86.4),
+    ],
+)
+def test_the_fine_tunings_are_those_of_the_paper_on_the_networks_own_recipe(
+    name, drop_path, crop_pct, top1
+):
+    recipe, start = load_recipe(name), load_recipe(f"{name[:7]}_224")
+    assert recipe.model.name == name[:7]
+    assert recipe.model.image_size == int(name[8:])
+    assert recipe.model.drop_path == start.model.drop_path == drop_path
+    assert (recipe.augment, recipe.labels) == (start.augment, start.labels)
+    assert recipe.evaluation == start.evaluation
+    assert (recipe.evaluation.crop_pct, recipe.paper_top1) == (crop_pct, top1)
+    assert recipe.optim == OptimConfig(
+        batch_size=512, lr=5e-6, lr_batch_size=512, weight_decay=1e-8
+    )
+    schedule = Schedule.of(recipe, steps_per_epoch=10.0)
+    assert schedule.total_steps == 300
+    assert schedule.lr(0) == pytest.approx(1e-6)
+    assert [schedule.lr(step) for step in range(50, 300)] == pytest.approx([5e-6] * 250)
+
+
+# ---------------------------------------------------------------------------- shrunken runs
+
+HERE = Place(device=torch.device("cpu"))
+TINY = {"embed_dim": 16, "depth": 1, "num_heads": 2, "stem_width": 4}
+
+
+def shrunken(name: str, num_steps: int, *changes: str) -> Recipe:
+    """A shipped recipe, but for its size and length."""
+    tiny = ["model.image_size=64", "optim.batch_size=4", "run.workers=1", "run.log_every=1 steps"]
+    tiny += [f"schedule.duration={num_steps} steps", "schedule.warmup=0 steps"]
+    return load_recipe(name, [*tiny, "schedule.cooldown=0 steps", *changes])
+
+
+def tiny_lvvit(recipe: Recipe) -> Recipe:
+    return dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, kwargs=TINY))
+
+
+def published_lvvit(path: Path, **changes: Any) -> dict[str, torch.Tensor]:
+    """Write weights of a tiny LV-ViT as its authors do."""
+    torch.manual_seed(7)
+    weights = create_model(ModelConfig(name="lvvit_s", kwargs=TINY, **changes)).state_dict()
+    torch.save({"state_dict": {f"module.{name}": value for name, value in weights.items()}}, path)
+    return weights
+
+
+def last_weights(out: Path) -> dict[str, torch.Tensor]:
+    return read(out / "checkpoints" / "last.pt").model
+
+
+def metrics_of(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").open(encoding="utf-8")]
+
+
+@pytest.fixture
+def _fast(monkeypatch):
+    """One thread, as the tensors are tiny; no pictures, as they would take most of the time."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, path: None)
+    monkeypatch.setattr(loop, "write_report", lambda out: out)
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_fine_tuning_goes_on_from_a_smaller_size_with_its_position_embeddings_resized(
+    tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
+    before = published_lvvit(tmp_path / "small.pth.tar", num_classes=NUM_CLASSES, image_size=32)
+    recipe = tiny_lvvit(shrunken("lvvit_s_384", 2, f"model.num_classes={NUM_CLASSES}"))
+    loop.fit(recipe, fixed_data(), tmp_path / "run", HERE, init=tmp_path / "small.pth.tar")
+    assert "published weights loaded; pos_embed resized" in caplog.text
+    after = last_weights(tmp_path / "run")
+    grid = before["pos_embed"][:, 1:].transpose(1, 2).reshape(1, -1, 2, 2)
+    grid = F.interpolate(grid, size=(4, 4), mode="bicubic").flatten(2).transpose(1, 2)
+    expected = before | {"pos_embed": torch.cat([before["pos_embed"][:, :1], grid], 1)}
+    for name in (name for name in after if not name.startswith("patch_embed.bn")):
+        torch.testing.assert_close(after[name], expected[name], rtol=0, atol=1e-6, msg=name)
+    assert not torch.equal(after["head.weight"], before["head.weight"])  # it is trained, too
+    assert not torch.equal(after["aux_head.weight"], before["aux_head.weight"])
+    assert all(line["dense_loss"] > 0 for line in metrics_of(tmp_path / "run"))
+
+
+@pytest.mark.usefixtures("_fast")
+def test_a_transfer_keeps_the_network_and_begins_heads_for_the_classes_of_the_data(
+    tmp_path, caplog
+):
+    caplog.set_level(logging.INFO)
+    before = published_lvvit(tmp_path / "other.pth.tar", num_classes=7, image_size=64)
+    (tmp_path / "data").mkdir()
+    samples = make_samples(f"t{i}" for i in range(8))
+    unlabelled = [{k: v for k, v in s.items() if not k.endswith(".tlm")} for s in samples]
+    write_split(tmp_path / "data", unlabelled)
+    recipe = tiny_lvvit(shrunken("transfer", 3))
+    out = tmp_path / "run"
+    init = tmp_path / "other.pth.tar"
+    loop.train(recipe, data=tmp_path / "data", out=out, init=init, device="cpu")
+    assert "head.weight, head.bias, aux_head.weight, aux_head.bias dropped" in caplog.text
+    assert load_recipe(str(out / "recipe.toml")).model.num_classes == NUM_CLASSES
+    after = last_weights(out)
+    assert after["head.weight"].shape == (NUM_CLASSES, 16)
+    assert not after["aux_head.weight"].any() and not after["aux_head.bias"].any()
+    kept = [name for name in before if "head" not in name and ".bn" not in name]
+    for name in kept:
+        torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-3, msg=name)
+    assert not torch.equal(after["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
+    assert [line["dense_loss"] for line in metrics_of(out)] == [0, 0, 0]
+
+
+class LargeFeed(FixedFeed):
+    """Images of 128 px, on which a CNN has enough cells for something to be mixed."""
+
+    def __init__(self) -> None:
+        super().__init__([0, 1, 2, 3])
+
+    def __next__(self) -> Batch:
+        batch = super().__next__()
+        return dataclasses.replace(batch, images=F.interpolate(batch.images, scale_factor=2))
+
+
+@pytest.mark.usefixtures("_fast")
+def test_the_relabel_recipe_teaches_a_cnn_one_label_pooled_over_each_crop(tmp_path):
+    recipe = shrunken(
+        "relabel_resnet50", 1, "model.name=test_resnet", "labels.fill=zero",
+        f"model.num_classes={NUM_CLASSES}", "model.image_size=128",
+    )  # fmt: skip
+    data = dataclasses.replace(fixed_data(), open_train=lambda state, first_pass: LargeFeed())
+    loop.fit(recipe, data, tmp_path / "run", HERE)
+    [line] = metrics_of(tmp_path / "run")
+    assert line["dense_loss"] == 0
+    assert line["loss"] == pytest.approx(line["class_loss"])
+
+    torch.manual_seed(recipe.run.seed)
+    model = create_model(recipe.model, dense=False).train()
+    batch = next(LargeFeed())
+    box = sample_box(model.grid, np.random.default_rng([recipe.run.seed, 0]))
+    logits = model(batch.images, box)[0].detach()
+    targets = pooled_like_relabel(batch, model.grid)
+    targets = box.kept * targets + (1 - box.kept) * targets.flip(0)
+    assert 0 < box.kept < 1
+    expected = -(targets * logits.log_softmax(1)).sum(1).mean().item()
+    assert line["class_loss"] == pytest.approx(expected, rel=1e-4)
+
+    own = timm.create_model("test_resnet", num_classes=NUM_CLASSES)
+    assert set(last_weights(tmp_path / "run")) == set(own.state_dict())
+
+
+def pooled_like_relabel(batch: Batch, grid: tuple[int, int]) -> torch.Tensor:
+    """ReLabel's operator: roi_align of a map's scores, 0 outside the top k, then softmax."""
+    assert batch.maps is not None
+    rows = []
+    for i, view in enumerate(batch.views):
+        scores, indices = batch.maps.scores[i, 0].float(), batch.maps.indices[i, 0].long()
+        dense = torch.zeros(NUM_CLASSES, *scores.shape[1:])
+        dense.scatter_(0, batch.maps.palette[i][indices], scores)
+        size = torch.tensor(dense.shape[:0:-1]).repeat(2)
+        x0, y0, width, height = view[0, 2], view[1, 2], view[0, 0], view[1, 1]
+        box = torch.stack([x0, y0, x0 + width, y0 + height]) * size
+        pooled = roi_align(dense[None], [box[None]], grid, sampling_ratio=2, aligned=True)
+        rows.append(pooled.mean((0, 2, 3)))
+    return torch.stack(rows).softmax(1)
 
 
 # ------------------------------------------------------------------------------------- TOML
@@ -215,8 +444,8 @@ def test_assignments_below_a_plain_key_are_refused():
 
 
 def test_unknown_recipes_are_refused_with_the_closest_name():
-    with pytest.raises(ValueError, match="unknown recipe 'lvvit_s' .did you mean 'lvvit_s_224'"):
-        find_recipe("lvvit_s")
+    with pytest.raises(ValueError, match="unknown recipe 'lvit_s_224' .did you mean 'lvvit_s_224'"):
+        find_recipe("lvit_s_224")
 
 
 def test_missing_recipe_files_are_named(tmp_path):
@@ -232,13 +461,34 @@ def test_recipes_load_from_a_path(tmp_path):
 
 def test_the_command_line_lists_and_shows_recipes(tmp_path):
     listed = CliRunner().invoke(cli.train, ["recipes"])
-    assert all(name in listed.output for name in recipe_names())
-    assert "83.3 %  LV-ViT-S, 224 px, token labels" in listed.output
+    lines = listed.output.splitlines()
+    assert [line.split()[0] for line in lines] == ["recipe", *recipe_names()]
+    assert max(map(len, lines)) <= 100
+    row = next(line for line in lines if line.startswith("lvvit_s_224"))
+    assert re.fullmatch(r"lvvit_s_224 +LV-ViT-S, 224 px, token labels +310 +83.3", row)
+    ends = [lines[0].index(head) + len(head) for head in ("epochs", "paper top-1")]
+    assert [row[:end].split()[-1] for end in ends] == ["310", "83.3"]
     shown = CliRunner().invoke(cli.train, ["show", "demo", "--set", "run.seed=3"])
     assert parse_recipe(shown.output) == load_recipe("demo", ["run.seed=3"])
     wrong = CliRunner().invoke(cli.train, ["show", "demo", "--set", "run.sed=3"])
     assert wrong.exit_code == 2
     assert "unknown key 'run.sed' (did you mean 'seed'?)" in wrong.output
+
+
+def test_the_list_of_recipes_as_json_holds_numbers_and_null_where_nothing_is_stated():
+    listed = CliRunner().invoke(cli.train, ["recipes", "--json"])
+    found = {facts.pop("name"): facts for facts in json.loads(listed.output)}
+    assert sorted(found) == recipe_names()
+    top1 = [(name, facts["paper_top1"]) for name, facts in found.items() if facts["paper_top1"]]
+    assert dict(top1)["lvvit_l_512"] == 86.4
+    assert found["deit_small"] == {
+        "summary": "DeiT-S, 224 px, token labels",
+        "epochs": 300,
+        "gpu_hours": 288,
+        "paper_top1": None,
+    }
+    assert (found["demo"]["epochs"], found["lvvit_s_384"]["epochs"]) == (None, 30)
+    assert [name for name, facts in found.items() if facts["gpu_hours"]] == ["deit_small"]
 
 
 def test_differences_name_the_keys():

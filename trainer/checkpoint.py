@@ -26,7 +26,7 @@ import pickle
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from .recipe import ModelConfig, Recipe, parse_recipe
 FORMAT = "tokenlabel-checkpoint"
 VERSION = 1
 NUM_KEPT = 2
-"""Checkpoints step-N.pt that stay; last.pt and best.pt stay in any case."""
+"""Checkpoints step-N.pt that stay; last.pt, best.pt and epoch.pt stay in any case."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,15 +129,23 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
     _flush_folder(path.parent)
 
 
-def save_step(checkpoint: Checkpoint, folder: Path, *, is_best: bool) -> Path:
-    """Write step-N.pt, point last.pt (and best.pt) at it, and remove all but the newest two."""
+def save_step(
+    checkpoint: Checkpoint, folder: Path, *, is_best: bool, ends_epoch: bool = False
+) -> Path:
+    """Write step-N.pt, point last.pt (best.pt, epoch.pt) at it, and keep but one older step-N.pt.
+
+    Files of later steps are left over from before the run went back to an older checkpoint; they
+    are removed.
+    """
     path = folder / f"step-{checkpoint.step}.pt"
     save(checkpoint, path)
-    _link(path, folder / "last.pt")
-    if is_best:
-        _link(path, folder / "best.pt")
-    for old in step_files(folder)[:-NUM_KEPT]:
-        old.unlink()
+    for name, is_meant in (("last", True), ("best", is_best), ("epoch", ends_epoch)):
+        if is_meant:
+            _link(path, folder / f"{name}.pt")
+    files = step_files(folder)
+    place = files.index(path)
+    for other in files[: max(0, place + 1 - NUM_KEPT)] + files[place + 1 :]:
+        other.unlink()
     return path
 
 
@@ -187,12 +195,49 @@ def read(path: Path) -> Checkpoint:
 
 
 def latest(folder: Path) -> Path:
-    """Find the checkpoint to go on from: last.pt, else the newest step-N.pt."""
+    """Find the newest checkpoint: last.pt, else the newest step-N.pt."""
     candidates = [folder / "last.pt", *reversed(step_files(folder))]
     for path in candidates:
         if path.is_file():
             return path
     raise FileNotFoundError(f"{folder} holds no checkpoint (last.pt or step-N.pt) to resume from")
+
+
+def read_latest(
+    folder: Path, why_not: Callable[[Checkpoint], str | None] = lambda checkpoint: None
+) -> tuple[Path, Checkpoint, list[str]]:
+    """Read the newest checkpoint that is whole and fits.
+
+    Args:
+        folder: Where save_step has written.
+        why_not: Says of a whole checkpoint why it does not fit; None if it does.
+
+    Returns:
+        Its path, its content, and why each newer file was passed over.
+
+    Raises:
+        FileNotFoundError: There are no checkpoints.
+        ValueError: None is whole and fits; says of each why.
+    """
+    problems: list[str] = []
+    seen = set()
+    kept = [folder / f"{name}.pt" for name in ("last", "epoch", "best")]
+    for path in [kept[0], *reversed(step_files(folder)), *kept[1:]]:
+        if not path.is_file() or (file := path.stat().st_ino) in seen:
+            continue  # two names of one file
+        seen.add(file)
+        try:
+            found = read(path)
+        except ValueError as error:
+            problems.append(str(error))
+            continue
+        problem = why_not(found)
+        if problem is None:
+            return path, found, problems
+        problems.append(f"{path} {problem}")
+    if not problems:
+        raise FileNotFoundError(f"{folder} holds no checkpoint to resume from")
+    raise ValueError(f"no checkpoint can be resumed: {'; '.join(problems)}")
 
 
 def is_ours(content: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Which process of how many this is, and on which device it works."""
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ import torch.distributed as dist
 
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others before it gives up; saving takes much less."""
+
+_OTHERS_FAIL = re.compile(r"(?i)timed? ?out|connection (closed|reset|refused)|broken pipe")
+"""What torch's backends say when other processes are not there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,15 +65,17 @@ def copy_from_main(place: Place, tensors: Iterable[torch.Tensor]) -> None:
 
 
 @contextmanager
-def join_processes(device: str = "auto") -> Iterator[Place]:
+def join_processes(device: str = "auto", *, timeout: timedelta = TIMEOUT) -> Iterator[Place]:
     """Find this process's place; under torchrun, connect it with the others until the end.
 
     Args:
         device: "cpu", "cuda", "cuda:1", or "auto" for a GPU where there is one. Under torchrun each
             process of a node takes the GPU of its local rank.
+        timeout: How long one process waits for the others.
 
     Raises:
         ValueError: The device does not exist here.
+        OSError: Another process hangs or has died.
     """
     chosen = _device(device)
     if chosen.type == "cuda":
@@ -77,9 +83,18 @@ def join_processes(device: str = "auto") -> Iterator[Place]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Place(device=chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
+    rank = dist.get_rank()
     try:
-        yield Place(device=chosen, rank=dist.get_rank(), world_size=dist.get_world_size())
+        yield Place(device=chosen, rank=rank, world_size=dist.get_world_size())
+    except RuntimeError as error:
+        if not _OTHERS_FAIL.search(str(error)):
+            raise
+        raise OSError(
+            f"process {rank} stops: another one has died or not answered for "
+            f"{timeout.total_seconds():g} s; what happened is in its own messages. Start all "
+            "again with --resume"
+        ) from error
     finally:
         dist.destroy_process_group()
 

@@ -6,11 +6,11 @@ was killed at any step and resumed computes what it would have computed anyway.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,14 +21,14 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from ..shards.index import ShardIndex, read_index
 from . import run_log
-from .checkpoint import Checkpoint, latest, load_weights, read, save_step
+from .checkpoint import Checkpoint, load_weights, read, read_latest, save_step
 from .distributed import Place, copy_from_main, from_all, from_main, join_processes, reduce
 from .evaluate import EvalResult, evaluate
 from .feed import Batch, EvalFeed, TrainFeed
-from .loss import token_label_loss
 from .mix_token import sample_box
 from .models import create_model, pretrained_facts
 from .optim import Ema, Schedule, explain_lr, make_optimizer, skip_if
+from .preview import draw_crops
 from .published import fetch
 from .recipe import (
     IMAGENET_MEAN,
@@ -41,16 +41,27 @@ from .recipe import (
 )
 from .report import write_report
 from .run_log import RunLog
-from .targets import batch_targets
-from .watch import Health, StopSignal, Window
+from .step import (
+    add_gradients,
+    is_compiled_on,
+    num_parts,
+    precision_on,
+    share_of,
+    targets_of,
+)
+from .watch import DivergedError, Health, StopSignal, Window
 
 log = logging.getLogger(__name__)
 
 _FREE_ON_RESUME = (
     "summary", "paper_top1", "evaluation.", "model.grad_checkpointing",
     "run.workers", "run.compile", "run.checkpoint_every", "run.log_every",
+    "run.device_batch_size",
 )  # fmt: skip
 """Keys that may change between the parts of one run; they do not decide what it computes."""
+
+_NUM_CROPS = 4
+"""On TensorBoard's sheets of crops and targets, one each epoch."""
 
 
 @runtime_checkable
@@ -82,8 +93,9 @@ class Data:
     class_names: list[str]
     num_samples: int
     """In one pass over the training split, over all processes."""
-    open_train: Callable[[Any], Feed]
-    """Make the feed, from its state after the last batch, or from None for the beginning."""
+    open_train: Callable[[Any, int], Feed]
+    """Make the feed, from its state after the last batch, or from None for the beginning of a pass,
+    whose number, 0 in a new run, comes second."""
     eval_batches: Iterable[Batch] | None
     """The validation split, iterated anew at each evaluation; None where there is none."""
 
@@ -203,15 +215,16 @@ def open_data(
         val_split = "val"
     size, view = recipe.model.image_hw, recipe.evaluation
 
-    def open_train(state: Any) -> Feed:
+    def open_train(state: Any, first_pass: int) -> Feed:
+        seed = _pass_seed(recipe.run.seed, first_pass) if state is None else state["seed"]
         return TrainFeed(
             index,
             split,
             image_size=size,
-            batch_size=_share(recipe.optim.batch_size, place),
+            batch_size=share_of(recipe.optim.batch_size, place.world_size),
             augment=recipe.augment,
             device=place.device,
-            seed=recipe.run.seed,
+            seed=seed,
             rank=place.rank,
             world_size=place.world_size,
             num_threads=recipe.run.workers,
@@ -259,12 +272,15 @@ def fit(
 ) -> Outcome:
     """Run a recipe to its end, or to SIGTERM, see `train`."""
     # -------------------------------------------------------------- where this run stands
-    local_batch_size = _share(recipe.optim.batch_size, place)
+    local_batch_size = share_of(recipe.optim.batch_size, place.world_size)
+    parts = num_parts(local_batch_size, recipe.run.device_batch_size)
     found = place.is_main and run_log.check_folder(out, resume=resume, overwrite=overwrite)
     resuming = from_main(place, found)
-    checkpoint = read(latest(out / run_log.CHECKPOINTS)) if resuming else None
-    if checkpoint:
-        _refuse_other_run(checkpoint, recipe, data, place)
+    steps_per_epoch = data.num_samples / recipe.optim.batch_size
+    checkpoint = None
+    if resuming:
+        checkpoint = _find_checkpoint(out / run_log.CHECKPOINTS, place, steps_per_epoch)
+        _refuse_other_run(checkpoint, recipe, data)
     elif resume:
         log.info("%s holds no checkpoint yet: starting at step 0", out)
     if recipe.model.pretrained and init:
@@ -273,7 +289,6 @@ def fit(
             "e.g. by --set model.pretrained=false"
         )
     start = checkpoint.step if checkpoint else 0
-    steps_per_epoch = data.num_samples / recipe.optim.batch_size
     schedule = Schedule.of(recipe, steps_per_epoch)
     total = schedule.total_steps
 
@@ -306,14 +321,17 @@ def fit(
         optimizer.load_state_dict(checkpoint.optimizer)
         if ema and checkpoint.ema:
             ema.model.load_state_dict(checkpoint.ema)
-    precision = _precision(recipe, place)
-    compiled = recipe.run.compile == "on" or (recipe.run.compile == "auto" and on_gpu)
+    precision = precision_on(place.device, recipe.run)
+    compiled = is_compiled_on(place.device, recipe.run)
     if compiled:
         model.compile_training()
     trained = DistributedDataParallel(model) if place.world_size > 1 else model
 
     # -------------------------------------------------------------- feed, records
-    feed = data.open_train(checkpoint.feed[place.rank] if checkpoint else None)
+    if checkpoint and checkpoint.world_size == place.world_size:
+        feed = data.open_train(checkpoint.feed[place.rank], 0)
+    else:
+        feed = data.open_train(None, round(start / steps_per_epoch))
     records = None
     if place.is_main:
         # Only now, when recipe, weights and data have proved to fit: a mistake leaves no folder.
@@ -327,12 +345,11 @@ def fit(
         }
         run_log.write_environment(out, step=start, about=about)
         records = RunLog(out, step=start)
-    log.info("%s", explain_lr(recipe.optim))
+    log.info("%s", explain_lr(recipe.optim, num_processes=place.world_size, num_parts=parts))
     log.info(
-        "%s with %s weights on %s, %s%s; from step %d to %d, %.4g steps an epoch, %s images a step",
+        "%s with %s weights on %s, %s%s; from step %d to %d, %.4g steps an epoch",
         recipe.model.name, f"{sum(p.numel() for p in model.parameters()):,}", place.device,
         precision, ", compiled" if compiled else "", start, total, steps_per_epoch,
-        f"{place.world_size} × {local_batch_size}" if place.world_size > 1 else local_batch_size,
     )  # fmt: skip
 
     best = checkpoint.best if checkpoint else None
@@ -340,11 +357,13 @@ def fit(
     health = Health(checkpoint.num_skipped if checkpoint else 0)
     window = Window(place)
     done = start
+    saved = start if checkpoint else None
 
     def is_due(every: Duration) -> bool:
         return done % every.steps(steps_per_epoch) == 0 or done == total
 
     with ExitStack() as stack:
+        stack.enter_context(_saying_the_way_back(lambda: (done, saved)))
         stack.enter_context(closing(feed))
         if records:
             stack.enter_context(closing(records))
@@ -364,30 +383,12 @@ def fit(
                 # The same box on all processes: then how many there are changes nothing, and one
                 # box for the whole batch is what the paper describes.
                 box = sample_box(model.grid, np.random.default_rng([recipe.run.seed, step]))
-            targets = batch_targets(
-                batch.maps,
-                batch.views,
-                batch.classes,
-                model.grid,
-                num_classes=recipe.model.num_classes,
-                frames=batch.frames,
-                smoothing=recipe.labels.smoothing,
-                fill=recipe.labels.fill,
-                class_target=recipe.labels.class_target,
-            )
+            targets = targets_of(batch, recipe, model.grid)
             statistics = _batch_statistics(model)
-            with torch.autocast(place.device.type, torch.bfloat16, enabled=precision == "bf16"):
-                class_logits, aux_logits, _ = trained(batch.images, box)
-            loss = token_label_loss(
-                class_logits,
-                aux_logits,
-                targets,
-                box=box,
-                class_weight=recipe.labels.class_weight,
-                dense_weight=recipe.labels.dense_weight,
-            )
             optimizer.zero_grad()
-            loss.total.backward()
+            loss = add_gradients(
+                trained, batch, targets, box, recipe, parts=parts, bf16=precision == "bf16"
+            )
             gradients = [p for p in model.parameters() if p.grad is not None]
             norm = nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
             if recipe.optim.clip_grad:
@@ -418,6 +419,11 @@ def fit(
             if health.stop_requested and done < total:
                 log.warning("told to stop: saving at step %d of %d", done, total)
                 saving, evaluating = True, False  # who stops us may not wait for long
+            if records and (step == 0 or _ends_epoch(done, steps_per_epoch)):
+                sheet = draw_crops(
+                    batch, recipe, model.grid, data.class_names, box=box, most=_NUM_CROPS
+                )
+                records.show("crops", done, sheet)
             # A line before each checkpoint, for a resumed run starts a new mean.
             if saving or is_due(recipe.run.log_every):
                 values = window.close(recipe.optim.batch_size)
@@ -460,29 +466,41 @@ def fit(
                         best=best,
                         metrics=metrics,
                     )
-                    save_step(state, out / run_log.CHECKPOINTS, is_best=is_best)
+                    save_step(
+                        state,
+                        out / run_log.CHECKPOINTS,
+                        is_best=is_best,
+                        ends_epoch=_ends_epoch(done, steps_per_epoch),
+                    )
                     records.draw()
+                saved = done
                 window.restart()
     if done < total:
         log.warning("stopped at step %d of %d; --resume goes on", done, total)
     return Outcome(step=done, total_steps=total, metrics=metrics, best=best, is_main=place.is_main)
 
 
-def _share(batch_size: int, place: Place) -> int:
-    """Images of a step that fall to each process."""
-    if batch_size % place.world_size:
-        raise ValueError(
-            f"optim.batch_size = {batch_size} cannot be shared by {place.world_size} processes; "
-            "it is the batch over all of them and must be a multiple of their number"
-        )
-    return batch_size // place.world_size
+@contextmanager
+def _saying_the_way_back(where: Callable[[], tuple[int, int | None]]) -> Iterator[None]:
+    """Add to an error in the middle of a run what is saved; `where` gives steps done and saved."""
+    try:
+        yield
+    except DivergedError:
+        raise  # going on would end there again
+    except (OSError, ValueError) as error:
+        done, saved = where()
+        way_back = f"is saved up to step {saved}: --resume goes on from there"
+        if saved is None:
+            way_back = "had no checkpoint yet: start it again with --resume or --overwrite"
+        kind = OSError if isinstance(error, OSError) else ValueError
+        raise kind(f"{error}. The run stopped at step {done} and {way_back}") from error
 
 
-def _precision(recipe: Recipe, place: Place) -> Literal["bf16", "fp32"]:
-    if recipe.run.precision == "auto":
-        has_bf16 = place.device.type == "cuda" and torch.cuda.is_bf16_supported()
-        return "bf16" if has_bf16 else "fp32"
-    return recipe.run.precision
+def _pass_seed(seed: int, first_pass: int) -> int:
+    """Seed of a feed that begins with a later pass than the first: it has no position to go to."""
+    if first_pass == 0:
+        return seed
+    return int(np.random.SeedSequence([seed, first_pass]).generate_state(1)[0])
 
 
 def _step_seed(seed: int, step: int, rank: int) -> int:
@@ -490,7 +508,49 @@ def _step_seed(seed: int, step: int, rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
 
 
-def _refuse_other_run(checkpoint: Checkpoint, recipe: Recipe, data: Data, place: Place) -> None:
+def _find_checkpoint(folder: Path, place: Place, steps_per_epoch: float) -> Checkpoint:
+    """Read the newest checkpoint that these processes can go on from, and say what is lost.
+
+    The position of N feeds in the middle of a pass means nothing to another number of them; at the
+    end of an epoch they can begin the next pass.
+    """
+
+    def why_not(checkpoint: Checkpoint) -> str | None:
+        saved, here = checkpoint.world_size, place.world_size
+        if saved == here or _ends_epoch(checkpoint.step, steps_per_epoch):
+            return None
+        return (
+            f"was saved by {saved} processes, not {here}, at step {checkpoint.step}, in the middle "
+            f"of an epoch: start {saved} again, or begin anew with --overwrite"
+        )
+
+    found = None
+    if place.is_main:
+        path, checkpoint, problems = read_latest(folder, why_not)
+        found = path
+        for problem in problems:
+            log.warning("passed over: %s", problem)
+        if problems:
+            log.warning("going on from %s, step %d, instead", path, checkpoint.step)
+        if checkpoint.world_size != place.world_size:
+            log.warning(
+                "the run was saved by %d processes and goes on with %d: from the end of epoch %d, "
+                "step %d, with order and augmentation of the images drawn anew",
+                checkpoint.world_size, place.world_size,
+                round(checkpoint.step / steps_per_epoch), checkpoint.step,
+            )  # fmt: skip
+    else:
+        checkpoint = None
+    path = from_main(place, found)
+    return checkpoint or read(path)
+
+
+def _ends_epoch(step: int, steps_per_epoch: float) -> bool:
+    """Tell whether a whole number of passes ends nearest to this step."""
+    return step > 0 and step == round(round(step / steps_per_epoch) * steps_per_epoch)
+
+
+def _refuse_other_run(checkpoint: Checkpoint, recipe: Recipe, data: Data) -> None:
     changed = differences(parse_recipe(checkpoint.recipe), recipe)
     changed = [name for name in changed if not name.startswith(_FREE_ON_RESUME)]
     if changed:
@@ -502,11 +562,6 @@ def _refuse_other_run(checkpoint: Checkpoint, recipe: Recipe, data: Data, place:
         raise ValueError(
             f"--resume with other classes: the run has {len(checkpoint.class_ids)}, the data set "
             f"{len(data.class_ids)}, or their order differs; take the run's data set"
-        )
-    if checkpoint.world_size != place.world_size:
-        raise ValueError(
-            f"--resume with {place.world_size} processes: the run was saved by "
-            f"{checkpoint.world_size}; start as many"
         )
 
 
@@ -553,9 +608,10 @@ def _in_words(metrics: dict[str, float]) -> str:
 
 
 def _short(values: dict[str, float]) -> str:
+    memory = f", {values['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in values else ""
     return (
         f"loss {values['loss']:.4g}, lr {values['lr']:.3g}, "
-        f"{values['images_per_sec']:.4g} images/s, data wait {values['data_wait']:.0%}"
+        f"{values['images_per_sec']:.4g} images/s, data wait {values['data_wait']:.0%}{memory}"
     )
 
 

@@ -56,14 +56,30 @@ class Schedule:
         return self.min_lr
 
 
-def explain_lr(config: OptimConfig) -> str:
-    """Say in one line which peak learning rate is used and why."""
+def explain_lr(config: OptimConfig, *, num_processes: int = 1, num_parts: int = 1) -> str:
+    """Say in one line which peak learning rate is used and why.
+
+    Args:
+        config: Batch and rates.
+        num_processes: Processes that share the batch.
+        num_parts: Parts in which each of them computes its share.
+    """
+    factors = [(num_processes, "processes"), (num_parts, "parts")]
+    shared = [f"{number} {noun}" for number, noun in factors if number > 1]
+    if shared:
+        num_images = config.batch_size // (num_processes * num_parts)
+        made_of = f"; {config.batch_size} = {' × '.join(shared)} × {num_images} images"
+    else:
+        made_of = ""
     if config.lr_factor == 1:
-        return f"peak learning rate {config.lr:g}, as the recipe says for batch {config.batch_size}"
+        return (
+            f"peak learning rate {config.lr:g}, as the recipe says for batch {config.batch_size}"
+            f"{made_of}"
+        )
     return (
         f"peak learning rate {config.lr * config.lr_factor:g} = optim.lr {config.lr:g} × "
         f"batch {config.batch_size} / {config.lr_batch_size}: the recipe's rate is for a batch of "
-        f"{config.lr_batch_size} and scales linearly"
+        f"{config.lr_batch_size} and scales linearly{made_of}"
     )
 
 

@@ -283,6 +283,9 @@ class RunConfig:
     """Arithmetic of the forward pass; "auto" is bf16 where the GPU has it, fp32 elsewhere."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile for the training forward and backward pass; "auto" is on for GPUs."""
+    device_batch_size: int | None = None
+    """Most images that a process computes at once; a larger share of `optim.batch_size` is computed
+    in equal parts whose gradients are added. Left out: the whole share."""
     workers: int | None = None
     """Decoding threads of the feed, per process; left out: the process's share of the cores."""
     checkpoint_every: Duration = Duration(1.0, "epochs")
@@ -292,6 +295,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _check("run.seed", self.seed, 0 <= self.seed < 2**31, "0 to 2^31 - 1")
+        most = self.device_batch_size
+        allowed = ">= 2, or left out for a process's whole share"
+        _check("run.device_batch_size", most, most is None or most >= 2, allowed)
         workers = self.workers
         allowed = ">= 1, or left out for all cores"
         _check("run.workers", workers, workers is None or workers >= 1, allowed)

@@ -4,8 +4,9 @@ metrics.jsonl holds one JSON object a line, each with `kind`, `step` (steps take
 `epoch`; units are in the names:
 
     kind "train"   means over the steps since the line before: loss, class_loss, dense_loss,
-                   grad_norm, images_per_sec, data_wait (share of time spent waiting for the feed);
-                   then lr, and num_skipped since the start of the run
+                   grad_norm, images_per_sec, data_wait (share of time spent waiting for the feed),
+                   gpu_memory_gb (on GPUs: peak of this start); then lr, and num_skipped since
+                   the start of the run
     kind "eval"    raw_top1, raw_top5 (percent), raw_loss, and the same as ema_… where there is a
                    running average; num_images
     kind "skipped" keys: the images of a step that was not finite and changed nothing
@@ -25,8 +26,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -68,6 +71,11 @@ class RunLog:
         for name, value in values.items():
             if isinstance(value, int | float):
                 self._events.add_scalar(f"{kind}/{name}", value, step)
+
+    def show(self, name: str, step: int, picture: Image.Image) -> None:
+        """Give TensorBoard a picture."""
+        pixels = np.asarray(picture.convert("RGB"))
+        self._events.add_image(name, pixels, step, dataformats="HWC")
 
     def draw(self) -> None:
         """Draw curves.png anew, unless that was done a moment ago."""

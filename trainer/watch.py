@@ -130,6 +130,8 @@ class Window:
         }
         values["images_per_sec"] = self._num_steps * batch_size / secs
         values["data_wait"] = self._waited_secs / secs
+        if self._place.device.type == "cuda":
+            values["gpu_memory_gb"] = torch.cuda.max_memory_allocated(self._place.device) / 1e9
         self.restart()
         return values
 
