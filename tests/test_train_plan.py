@@ -55,7 +55,7 @@ def test_hours_follow_from_the_clock_and_the_schedule(shards, monkeypatch):
     # 3 evaluations of 6 images with 2 sets of weights, shared by 2 processes, 2 s an image
     assert found.eval_hours == pytest.approx(3 * 6 * 2 / 2 * 2.0 / 3600)
     assert found.limit == "feed"
-    assert "more cores" in found.advice
+    assert "compete for the cores" in found.advice
     assert found.memory_bytes > 1e7
 
 
@@ -65,10 +65,17 @@ def test_hours_follow_from_the_clock_and_the_schedule(shards, monkeypatch):
 def test_the_slower_one_limits_if_it_is_clearly_slower(
     shards, monkeypatch, feed_secs, step_secs, limit
 ):
-    Clock(monkeypatch, feed_secs=feed_secs, step_secs=step_secs, eval_secs=0.0)
+    Clock(monkeypatch, feed_secs=feed_secs, step_secs=step_secs, eval_secs=0.1)
     found = measure(tiny_recipe(), shards, device="cpu", num_steps=1)
     assert found.limit == limit
     assert in_words(found)["limit"] == limit
+
+
+def test_the_advice_names_what_limits():
+    assert "compete for the cores" in plan.advise(1.0, 1.0, 2.0, 1, None)
+    assert "more cores (run.workers)" in plan.advise(2.0, 1.0, 2.0, 1, None)
+    assert plan.advise(1.0, 2.0, 2.0, 6, 10) == "the feed keeps up"
+    assert "larger parts may be faster" in plan.advise(1.0, 2.0, 2.0, 4, 10)
 
 
 def test_the_command_measures_here_and_prints_every_line_or_json(shards, tmp_path):

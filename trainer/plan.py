@@ -142,7 +142,6 @@ def measure(
     nets = 2 if recipe.ema.decay else 1
     # An evaluation decodes its images anew for each set of weights.
     secs_per_image = max(eval_secs, feed_secs) / share
-    limit = _limit(feed_secs, step_secs)
     return TrainPlan(
         model=recipe.model.name,
         device=device_name,
@@ -156,13 +155,13 @@ def measure(
         step_images_per_sec=share / step_secs,
         images_per_sec=share / both_secs,
         eval_images_per_sec=share / eval_secs if val_split else None,
-        limit=limit,
+        limit=_limit(feed_secs, step_secs),
         total_steps=total,
         train_hours=total * both_secs / 3600,
         eval_hours=nets * num_evaluated * secs_per_image / num_processes / 3600,
         memory_bytes=memory_bytes,
         memory_limit_bytes=limit_bytes,
-        advice=_advice(limit, memory_bytes, limit_bytes),
+        advice=advise(feed_secs, step_secs, both_secs, memory_bytes, limit_bytes),
     )
 
 
@@ -277,7 +276,17 @@ def _limit(feed_secs: float, step_secs: float) -> Literal["feed", "step", "both"
     return "step" if step_secs > _CLEARLY * feed_secs else "both"
 
 
-def _advice(limit: str, memory_bytes: int, limit_bytes: int | None) -> str:
+def advise(
+    feed_secs: float,
+    step_secs: float,
+    both_secs: float,
+    memory_bytes: int,
+    limit_bytes: int | None,
+) -> str:
+    """Say in one line what would make a run faster, from the seconds of a batch and a step."""
+    if both_secs > _CLEARLY * max(feed_secs, step_secs):
+        return "feed and step compete for the cores: together they are slower than either alone"
+    limit = _limit(feed_secs, step_secs)
     if limit == "feed":
         return (
             "the device waits for the feed: give it more cores (run.workers), or pack smaller "
