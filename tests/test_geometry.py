@@ -142,7 +142,7 @@ def test_whole_image_view_on_the_maps_own_grid_reads_nearly_the_map_back():
     torch.testing.assert_close(logit[:, 1:-1], torch.tensor([1.0, 2.0, 3.0]).expand(rows, 3))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(0, 2**32 - 1))
 def test_flip_then_crop_equals_crop_then_flip(seed: int):
     rng = np.random.default_rng(seed)
@@ -212,7 +212,7 @@ def test_tokens_outside_the_window_are_not_taught():
     assert torch.isfinite(nothing.tokens).all()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["residual", "zero"]), st.integers(1, 6))
 def test_every_distribution_sums_to_one(seed: int, fill: Fill, k: int):
     rng = np.random.default_rng(seed)

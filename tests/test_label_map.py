@@ -52,7 +52,7 @@ def label_maps(draw: st.DrawFn) -> LabelMap:
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(label_maps())
 def test_decode_gives_back_what_was_encoded(label_map: LabelMap):
     (read,) = decode(encode(label_map))
@@ -101,6 +101,14 @@ def test_a_class_that_comes_back_after_another_is_refused():
             )
 
 
+def assert_residuals_agree(read: LabelMap, label_map: LabelMap):
+    """To 5 %, and to one float16 step of the normaliser, which neither map can tell apart."""
+    assert label_map.log_normalizer is not None
+    off = np.abs(residual_of(read) - residual_of(label_map))
+    float16_step = np.spacing(np.abs(label_map.log_normalizer)).astype(float)
+    assert (off <= 0.05 * residual_of(label_map).clip(0) + 1.2 * float16_step).all()
+
+
 def residual_of(label_map: LabelMap) -> np.ndarray:
     """The mass outside a cell's kept classes, each counted once."""
     assert label_map.log_normalizer is not None
@@ -109,7 +117,7 @@ def residual_of(label_map: LabelMap) -> np.ndarray:
     return 1 - p.sum(0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.booleans())
 def test_eight_bit_scores_are_within_half_a_step_and_stay_so(seed: int, normalizer: bool):
     rng = np.random.default_rng(seed)
@@ -120,8 +128,7 @@ def test_eight_bit_scores_are_within_half_a_step_and_stay_so(seed: int, normaliz
     widest = max(np.ptp(scores[0]), -np.diff(scores, axis=0).min())
     assert np.abs(read.scores.astype(float) - scores).max() <= widest / 255 / 2 + 0.02
     if normalizer:
-        residual, read_residual = (residual_of(m) for m in (label_map, read))
-        np.testing.assert_allclose(read_residual, residual, rtol=0.05, atol=0.012)
+        assert_residuals_agree(read, label_map)
     assert len(encode(label_map, score_bits=8)) < len(encode(label_map))
 
 
@@ -134,14 +141,14 @@ def test_eight_bit_scores_decode_in_batches_and_with_equal_scores():
         np.testing.assert_array_equal(got, want, err_msg=name)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.floats(0.1, 0.99))
 def test_eight_bit_scores_and_fewer_classes_go_together(seed: int, mass: float):
     rng = np.random.default_rng(seed)
     fewer = keep_mass(random_map(rng, grid=(9, 8), num_classes=99, spread=4.0), mass)
     (read,) = decode(encode(fewer, score_bits=8))
     np.testing.assert_array_equal(read.classes, fewer.classes)
-    np.testing.assert_allclose(residual_of(read), residual_of(fewer), rtol=0.05, atol=0.012)
+    assert_residuals_agree(read, fewer)
 
 
 def test_a_dictionary_makes_maps_smaller_and_reading_needs_it():
@@ -242,13 +249,13 @@ def _decodes_or_refuses(data: bytes) -> None:
     assert all(decode(encode(level))[0].equals(level) for level in levels)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.binary(max_size=200), st.booleans())
 def test_random_bytes_are_refused_and_nothing_else_happens(data: bytes, with_magic: bool):
     _decodes_or_refuses(b"\x89TLM\x01" + data if with_magic else data)
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=1500)
 @given(st.integers(0, 8 * len(SAMPLE) - 1))
 def test_every_flipped_bit_is_found(bit: int):
     damaged = bytearray(SAMPLE)
@@ -257,7 +264,7 @@ def test_every_flipped_bit_is_found(bit: int):
         decode(bytes(damaged))
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=3000)
 @given(
     st.integers(0, 255),
     st.integers(0, 255),
@@ -287,7 +294,7 @@ def test_forged_bytes_with_a_right_checksum_decode_or_are_refused(
     )
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=1000)
 @given(st.data())
 def test_forged_payloads_decode_or_are_refused(data: st.DataObject):
     """Compress changed planes anew: damage that neither CRC nor zstd can notice."""

@@ -127,7 +127,7 @@ def test_a_whole_data_set_has_no_problems(folder: Path, tmp_path: Path):
     assert verify(signed_data_set(tmp_path / "signed", [sample("a"), sample("b")])) == []
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_every_flipped_byte_is_found(packed: Path, data: st.DataObject):
     path = data.draw(st.sampled_from(sorted(packed.iterdir())), "file")
