@@ -22,6 +22,9 @@ Fill = Literal["residual", "zero"]
 SAMPLES_PER_SIDE = 2
 """Points per side of a token's square; RoIAlign's sampling_ratio."""
 
+_IMAGES_IN_CACHE = 8
+"""Images whose targets are built at a time on a CPU."""
+
 _EDGE = 1e-4
 """Points this far outside the window (in window fractions) still count: it is rounding."""
 
@@ -131,9 +134,13 @@ class PaletteMaps:
         """Copy every tensor to pinned memory, so that `to` can be non-blocking."""
         return self._each_tensor(lambda tensor: tensor.pin_memory())
 
-    def __getitem__(self, which: slice) -> "PaletteMaps":
+    def __getitem__(self, which: slice | Int64[Tensor, " r"]) -> "PaletteMaps":
         """Take some maps of the batch."""
         return self._each_tensor(lambda tensor: tensor[which])
+
+    def trimmed(self) -> "PaletteMaps":
+        """Cut the palettes' padding to what the largest of them needs; the host waits for it."""
+        return replace(self, palette=self.palette[:, : int(self.palette_sizes.max())])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,13 +204,43 @@ def sample_targets(
     Raises:
         ValueError: If fill is residual and the maps have no log_normalizer.
     """
+    if views.device.type != "cpu":
+        targets = _sample(maps, views, grid, frames, fill, are_boxes=False)
+        return _with_padding(targets, maps.palette_sizes)
+    # Few images at a time stay in the cache, and nearly all views are boxes, which are read in a
+    # fraction of the time. (On a GPU neither holds, and asking would make the host wait.)
+    boxes = _are_boxes(views, frames)
+    by_size = maps.palette_sizes.argsort()  # images of similar palettes together: less padding
+    targets = _empty_targets(maps, grid)
+    for are_boxes in (True, False):
+        chosen = by_size[boxes[by_size] == are_boxes]
+        for rows in chosen.split(_IMAGES_IN_CACHE) if len(chosen) else ():
+            few = None if frames is None else frames[rows]
+            part = _sample(maps[rows].trimmed(), views[rows], grid, few, fill, are_boxes=are_boxes)
+            _put(targets, rows, part, maps.palette_sizes)
+    return targets
+
+
+def _sample(
+    maps: PaletteMaps,
+    views: Float[Tensor, "b 2 3"],
+    grid: tuple[int, int],
+    frames: Float[Tensor, "b f 2 3"] | None,
+    fill: Fill,
+    *,
+    are_boxes: bool,
+) -> TokenTargets:
+    """Do the work of sample_targets, but give the palette's padding the probability 0.
+
+    are_boxes promises what `_are_boxes` found of every view.
+    """
     # Logits are interpolated, not probabilities: the published recipe's choice, kept so that
     # zero fill reproduces it exactly.
     lower, upper, blend = _levels_of_views(maps, views)
-    seen = _points_seen(frames, grid)
-    sampled = _sample_level(maps, lower, views, grid, fill, seen)
+    points = _BoxPoints(views, frames, grid) if are_boxes else _FreePoints(views, frames, grid)
+    sampled = _sample_level(maps, lower, points, fill)
     if maps.grids.shape[1] > 1:
-        sampled = _blend(sampled, _sample_level(maps, upper, views, grid, fill, seen), blend)
+        sampled = _blend(sampled, _sample_level(maps, upper, points, fill), blend)
     tokens, token_background = _softmax(sampled.tokens, sampled.outside[:, None])
     view, view_background = _softmax(sampled.view, sampled.outside)
     half = SAMPLES_PER_SIDE**2 / 2
@@ -216,6 +253,53 @@ def sample_targets(
         view_background=view_background,
         view_weight=(sampled.counts.sum(1) >= half * grid[0] * grid[1]).float(),
         num_classes=maps.num_classes,
+    )
+
+
+def _are_boxes(
+    views: Float[Tensor, "b 2 3"], frames: Float[Tensor, "b f 2 3"] | None
+) -> Bool[Tensor, " b"]:
+    """Tell which views neither turn nor shear the image, and have frames that do not either."""
+    matrices = views[:, None] if frames is None else torch.cat([views[:, None], frames], 1)
+    return (matrices[..., 0, 1] == 0).all(1) & (matrices[..., 1, 0] == 0).all(1)
+
+
+def _empty_targets(maps: PaletteMaps, grid: tuple[int, int]) -> TokenTargets:
+    b, n, u = len(maps.palette), grid[0] * grid[1], maps.palette.shape[1]
+    return TokenTargets(
+        palette=maps.palette,
+        tokens=torch.empty(b, n, u),
+        token_background=torch.empty(b, n),
+        token_weight=torch.empty(b, n),
+        view=torch.empty(b, u),
+        view_background=torch.empty(b),
+        view_weight=torch.empty(b),
+        num_classes=maps.num_classes,
+    )
+
+
+def _put(
+    targets: TokenTargets, rows: Int64[Tensor, " r"], part: TokenTargets, sizes: Int64[Tensor, " b"]
+) -> None:
+    """Write the targets of some images, which may have a narrower palette, into their places."""
+    for i, (row, size) in enumerate(zip(rows.tolist(), sizes[rows].tolist())):
+        targets.tokens[row, :, :size] = part.tokens[i, :, :size]
+        targets.tokens[row, :, size:] = part.token_background[i, :, None]
+        targets.view[row, :size] = part.view[i, :size]
+        targets.view[row, size:] = part.view_background[i]
+    for name in ("token_background", "token_weight", "view_background", "view_weight"):
+        getattr(targets, name)[rows] = getattr(part, name)
+
+
+def _with_padding(targets: TokenTargets, sizes: Int64[Tensor, " b"]) -> TokenTargets:
+    """Give the palette's padding the background's probability, so that it adds nothing."""
+    num_columns = targets.palette.shape[1]
+    unused = torch.arange(num_columns, device=sizes.device) >= sizes[:, None]
+    background, view_background = targets.token_background, targets.view_background
+    return replace(
+        targets,
+        tokens=torch.where(unused[:, None], background[..., None], targets.tokens),
+        view=torch.where(unused, view_background[:, None], targets.view),
     )
 
 
@@ -258,29 +342,30 @@ def _levels_of_views(
 def _sample_level(
     maps: PaletteMaps,
     level: Int64[Tensor, " b"],
-    views: Float[Tensor, "b 2 3"],
-    grid: tuple[int, int],
+    points: "_BoxPoints | _FreePoints",
     fill: Fill,
-    seen: Float32[Tensor, "#b ph pw"],
 ) -> _Sampled:
     """Read one level of each image: mean logits of every token and of the whole view."""
     planes = _expand(maps, level, fill)
-    units, inside = _points_on_maps(maps, level, views, grid)
-    inside = inside * seen.to(inside.device)
-    # padding_mode is never used: points are already clamped to the outermost cell centres.
-    sampled = F.grid_sample(planes, units, mode="bilinear", align_corners=False)
-    sums = _sum_per_token(sampled * inside[:, None])
-    counts = _sum_per_token(inside[:, None])[:, 0]
-    unused = torch.arange(planes.shape[1], device=planes.device) >= maps.palette_sizes[:, None]
+    sums, counts = points.read(planes, *_places(maps, level))
+    unused = torch.arange(planes.shape[3], device=planes.device) >= maps.palette_sizes[:, None]
     unused[:, -1] = False
-    tokens = sums / counts.clamp(min=1)[:, None]
-    view = sums.sum(2) / counts.sum(1).clamp(min=1)[:, None]
+    view = sums.sum(1) / counts.sum(1).clamp(min=1)[:, None]
+    tokens = sums.div_(counts.clamp(min=1)[..., None])
     return _Sampled(
-        tokens=tokens.transpose(1, 2).masked_fill(unused[:, None], -torch.inf),
+        tokens=tokens.masked_fill_(unused[:, None], -torch.inf),
         view=view.masked_fill(unused, -torch.inf),
         counts=counts,
         outside=(maps.num_classes - maps.palette_sizes).log(),
     )
+
+
+def _places(
+    maps: PaletteMaps, level: Int64[Tensor, " b"]
+) -> tuple[Float32[Tensor, "b 4"], Float32[Tensor, "b 2"]]:
+    """The windows of one level of each image, and its cells as (cols, rows), as x comes first."""
+    image = torch.arange(len(level), device=level.device)
+    return maps.windows[image, level], maps.grids[image, level].flip(1).float()
 
 
 def _blend(lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"]) -> _Sampled:
@@ -310,7 +395,7 @@ def _blend(lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"]) -> _S
 
 def _expand(
     maps: PaletteMaps, level: Int64[Tensor, " b"], fill: Fill
-) -> Float32[Tensor, "b v mh mw"]:
+) -> Float32[Tensor, "b mh mw v"]:
     """One plane of logits per palette class, and as last plane the fill itself; v = u + 1."""
     image = torch.arange(len(level), device=level.device)
     scores = maps.scores[image, level].float()
@@ -324,9 +409,10 @@ def _expand(
     else:
         log_normalizer = maps.log_normalizer[image, level].float()[:, None]
         outside = _residual_logit(scores, maps.indices[image, level], log_normalizer, maps)
-    planes = outside.repeat(1, maps.palette.shape[1] + 1, 1, 1)
+    planes = outside.permute(0, 2, 3, 1).repeat(1, 1, 1, maps.palette.shape[1] + 1)
+    indices = maps.indices[image, level].long()
     # Padded cells hold index 0 k times over; they are never read, so it does not matter which wins.
-    return planes.scatter_(1, maps.indices[image, level].long(), scores)
+    return planes.scatter_(3, indices.permute(0, 2, 3, 1), scores.permute(0, 2, 3, 1))
 
 
 def _residual_logit(
@@ -345,41 +431,116 @@ def _residual_logit(
     return (residual / (maps.num_classes - num_kept).clamp(min=1)).log() + log_normalizer
 
 
-def _points_on_maps(
-    maps: PaletteMaps,
-    level: Int64[Tensor, " b"],
-    views: Float[Tensor, "b 2 3"],
-    grid: tuple[int, int],
-) -> tuple[Float32[Tensor, "b ph pw 2"], Float32[Tensor, "b ph pw"]]:
-    """Where the tokens' points fall on the padded maps (grid_sample's units), and whether inside.
+class _FreePoints:
+    """The tokens' points under any views, read one by one.
 
     ph = rows · SAMPLES_PER_SIDE, pw = cols · SAMPLES_PER_SIDE.
     """
-    image = torch.arange(len(level), device=level.device)
-    window = maps.windows[image, level][:, None]
-    cells = maps.grids[image, level].flip(1)[:, None].float()  # (cols, rows), as x comes first
-    in_image = apply_view(views.float(), token_points(grid).to(views.device))
-    in_window = (in_image - window[..., :2]) / (window[..., 2:] - window[..., :2])
-    inside = ((in_window >= -_EDGE) & (in_window <= 1 + _EDGE)).all(2)
-    # Inside the window the outermost half cell repeats the edge; padding is never touched.
-    on_map = (in_window * cells).clamp(min=0.5).minimum(cells - 0.5)
-    mh, mw = maps.scores.shape[-2:]
-    units = on_map * 2 / torch.tensor([mw, mh], device=views.device) - 1
-    shape = (len(views), grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
-    return units.reshape(*shape, 2), inside.reshape(shape).float()
+
+    def __init__(
+        self,
+        views: Float[Tensor, "b 2 3"],
+        frames: Float[Tensor, "b f 2 3"] | None,
+        grid: tuple[int, int],
+    ) -> None:
+        points = token_points(grid).to(views.device)
+        self._shape = (grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
+        self._in_image = apply_view(views.float(), points)
+        self._seen = torch.ones_like(self._in_image[..., 0], dtype=torch.bool)
+        if frames is not None:
+            places = apply_view(frames.flatten(0, 1).float(), points).unflatten(0, frames.shape[:2])
+            self._seen = _within_unit(places).all(3).all(1)
+
+    def read(
+        self,
+        planes: Float32[Tensor, "b mh mw v"],
+        windows: Float32[Tensor, "b 4"],
+        cells: Float32[Tensor, "b 2"],
+    ) -> tuple[Float32[Tensor, "b n v"], Float32[Tensor, "b n"]]:
+        """Sum up what each token's points read, and count those that lie on the map."""
+        windows, cells = windows[:, None], cells[:, None]
+        in_window = (self._in_image - windows[..., :2]) / (windows[..., 2:] - windows[..., :2])
+        inside = (_within_unit(in_window).all(2) & self._seen).float()
+        mh, mw = planes.shape[1:3]
+        sizes = torch.tensor([mw, mh], device=planes.device)
+        units = _on_map(in_window, cells) * 2 / sizes - 1  # grid_sample's
+        # padding_mode is never used: points are already clamped to the outermost cell centres.
+        sampled = F.grid_sample(
+            planes.permute(0, 3, 1, 2), units.unflatten(1, self._shape), align_corners=False
+        )
+        inside = inside.unflatten(1, self._shape)[:, None]
+        sums = _sum_per_token(sampled * inside).transpose(1, 2).contiguous()
+        return sums, _sum_per_token(inside)[:, 0]
 
 
-def _points_seen(
-    frames: Float[Tensor, "b f 2 3"] | None, grid: tuple[int, int]
-) -> Float32[Tensor, "#b ph pw"]:
-    """Whether the tokens' points lie in the unit squares of all frames: 1 or 0."""
-    shape = (grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
-    if frames is None:
-        return torch.ones(1, *shape)
-    points = token_points(grid).to(frames.device)
-    places = apply_view(frames.flatten(0, 1).float(), points).unflatten(0, frames.shape[:2])
-    seen = ((places >= -_EDGE) & (places <= 1 + _EDGE)).all(3).all(1)
-    return seen.float().reshape(-1, *shape)
+class _BoxPoints:
+    """The tokens' points under views that are boxes: rows and columns are read in turn.
+
+    For each token row only SAMPLES_PER_SIDE heights matter, and they are those of the whole row;
+    so bilinear reading is two small matrix products, rows first, then columns.
+    """
+
+    def __init__(
+        self,
+        views: Float[Tensor, "b 2 3"],
+        frames: Float[Tensor, "b f 2 3"] | None,
+        grid: tuple[int, int],
+    ) -> None:
+        self._in_image, self._seen = [], []
+        for axis, num_tokens in ((0, grid[1]), (1, grid[0])):
+            points = (torch.arange(num_tokens * SAMPLES_PER_SIDE) + 0.5) / (
+                num_tokens * SAMPLES_PER_SIDE
+            )
+            along = views[:, axis].float()
+            self._in_image.append(along[:, axis, None] * points + along[:, 2, None])
+            seen = torch.ones(len(views), len(points), dtype=torch.bool)
+            if frames is not None:
+                along = frames[:, :, axis].float()
+                places = along[..., axis, None] * points + along[..., 2, None]
+                seen = _within_unit(places).all(1)
+            self._seen.append(seen)
+
+    def read(
+        self,
+        planes: Float32[Tensor, "b mh mw v"],
+        windows: Float32[Tensor, "b 4"],
+        cells: Float32[Tensor, "b 2"],
+    ) -> tuple[Float32[Tensor, "b n v"], Float32[Tensor, "b n"]]:
+        """Sum up what each token's points read, and count those that lie on the map."""
+        b, mh, mw, v = planes.shape
+        (of_cols, num_x), (of_rows, num_y) = (
+            self._weights(axis, windows, cells, num_cells) for axis, num_cells in ((0, mw), (1, mh))
+        )
+        by_rows = of_rows @ planes.reshape(b, mh, mw * v)
+        sums = of_cols[:, None] @ by_rows.reshape(b, -1, mw, v)
+        counts = num_y[:, :, None] * num_x[:, None]
+        return sums.flatten(1, 2), counts.flatten(1)
+
+    def _weights(
+        self,
+        axis: int,
+        windows: Float32[Tensor, "b 4"],
+        cells: Float32[Tensor, "b 2"],
+        num_cells: int,
+    ) -> tuple[Float32[Tensor, "b t m"], Float32[Tensor, "b t"]]:
+        """How much of each cell the tokens along one axis read, and how many points are inside."""
+        low, high = windows[:, axis, None], windows[:, axis + 2, None]
+        in_window = (self._in_image[axis] - low) / (high - low)
+        inside = (_within_unit(in_window) & self._seen[axis]).float()
+        at = _on_map(in_window, cells[:, axis, None])
+        centres = torch.arange(num_cells) + 0.5
+        weights = (1 - (at[..., None] - centres).abs()).clamp(min=0) * inside[..., None]
+        per_token = (-1, SAMPLES_PER_SIDE)
+        return weights.unflatten(1, per_token).sum(2), inside.unflatten(1, per_token).sum(2)
+
+
+def _within_unit(fractions: Float[Tensor, "*p"]) -> Bool[Tensor, "*p"]:
+    return (fractions >= -_EDGE) & (fractions <= 1 + _EDGE)
+
+
+def _on_map(in_window: Float[Tensor, "*p"], cells: Float[Tensor, "*#p"]) -> Float[Tensor, "*p"]:
+    """Window fractions in cells; the outermost half cell repeats the edge, padding is not read."""
+    return (in_window * cells).clamp(min=0.5).minimum(cells - 0.5)
 
 
 def _sum_per_token(values: Float[Tensor, "b v ph pw"]) -> Float[Tensor, "b v n"]:
@@ -396,9 +557,9 @@ def _log_total(
 def _softmax(
     logits: Float32[Tensor, "*b v"], outside: Float32[Tensor, "*#b"]
 ) -> tuple[Float32[Tensor, "*b u"], Float32[Tensor, "*b"]]:
-    """Probabilities of the palette, padding at the background's, and the background itself."""
-    log_total = _log_total(logits, outside)
-    background = (logits[..., -1] - log_total).exp()
-    palette = logits[..., :-1]
-    probabilities = (palette - log_total[..., None]).exp()
-    return torch.where(palette.isinf(), background[..., None], probabilities), background
+    """Probabilities of the palette, 0 for its padding, and the background."""
+    fill = logits[..., -1].clone()
+    logits[..., -1] += outside
+    probabilities = logits.softmax(-1)
+    highest = probabilities.amax(-1)  # e^(highest logit - logsumexp)
+    return probabilities[..., :-1], (fill - logits.amax(-1)).exp() * highest

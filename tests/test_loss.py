@@ -1,5 +1,10 @@
 """The sparse path, label maps to gradients, against a slow dense one written from the paper."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +14,7 @@ from torchvision.ops import roi_align
 
 from tokenlabel.labeler.geometry import Fill, PaletteMaps, compose, crop_view, flip_view
 from tokenlabel.labeler.label_map import LabelMap
-from tokenlabel.trainer.loss import token_label_loss
+from tokenlabel.trainer.loss import sparse_cross_entropy, token_label_loss
 from tokenlabel.trainer.mix_token import MixBox
 from tokenlabel.trainer.targets import batch_targets
 
@@ -201,3 +206,90 @@ def test_class_counts_that_differ_are_refused_with_both_numbers():
             (2, 2),
             num_classes=10,
         )
+
+
+def sparse_case(seed: int, num_classes: int) -> tuple[torch.Tensor, ...]:
+    """Logits and a random target of each token, on palettes with padding at the end."""
+    rng = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(3, 5, num_classes, generator=rng)
+    palette = torch.stack([torch.randperm(num_classes, generator=rng)[:7] for _ in range(3)])
+    masses = torch.rand(3, 5, 8, generator=rng)
+    masses[:, :, 5:7] = 0
+    masses /= masses.sum(2, keepdim=True)
+    background = masses[..., 7] / (num_classes - 5)
+    probabilities = masses[..., :7].clone()
+    probabilities[..., 5:] = background[..., None]
+    palette[:, 5:] = palette[:, :1]
+    return logits, palette, probabilities, background, torch.rand(3, 5, generator=rng)
+
+
+def test_the_gradient_is_that_of_autograd_in_every_precision_and_scaled_by_what_follows():
+    logits, palette, probabilities, background, weights = sparse_case(0, 11)
+    target = background[..., None].repeat(1, 1, 11)
+    target.scatter_(2, palette[:, None].expand(3, 5, 7), probabilities)
+    target.scatter_(2, palette[:, None, :1].expand(3, 5, 1), probabilities[..., :1])
+    exact = logits.double().requires_grad_()
+    (-3 * (target * exact.log_softmax(2)).sum(2) * weights).sum().backward()
+    assert exact.grad is not None
+    for dtype, atol in ((torch.float32, 1e-6), (torch.bfloat16, 0.02)):
+        ours = logits.clone().to(dtype).requires_grad_()
+        loss = sparse_cross_entropy(ours, palette, probabilities, background, weights)
+        (3 * loss).backward()
+        assert ours.grad is not None and ours.grad.dtype == dtype
+        torch.testing.assert_close(ours.grad.double(), exact.grad, atol=atol, rtol=0)
+        with torch.no_grad():
+            again = sparse_cross_entropy(ours, palette, probabilities, background, weights)
+        torch.testing.assert_close(again, loss)
+
+
+def test_the_gradient_can_be_fetched_once():
+    logits, *rest = sparse_case(1, 11)
+    loss = sparse_cross_entropy(logits.requires_grad_(), *rest)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss anew"):
+        loss.backward()
+
+
+KERNEL = """
+import torch
+from test_loss import sparse_case
+from tokenlabel.trainer.loss import sparse_cross_entropy
+from tokenlabel.trainer.loss_kernel import sparse_cross_entropies
+for num_classes, dtype, atol in ((11, torch.float32, 1e-6), (40, torch.bfloat16, 0.02)):
+    logits, palette, probabilities, background, weights = sparse_case(num_classes, num_classes)
+    plain = logits.to(dtype).requires_grad_()
+    loss = sparse_cross_entropy(plain, palette, probabilities, background, weights)
+    loss.backward()
+    gradient = torch.full_like(plain, 7.0, requires_grad=False)
+    given = (plain.detach(), palette, probabilities, background, weights)
+    losses = sparse_cross_entropies(*given, gradient)
+    torch.testing.assert_close(losses.sum(), loss.detach())
+    torch.testing.assert_close(gradient.float(), plain.grad.float(), atol=atol, rtol=0)
+    torch.testing.assert_close(sparse_cross_entropies(*given, None), losses)
+"""
+
+
+def test_the_kernel_equals_the_plain_loss_and_gradient():
+    pytest.importorskip("triton")
+    # In a process of its own: Triton decides at its import whether it interprets.
+    done = subprocess.run(
+        [sys.executable, "-c", KERNEL],
+        cwd=Path(__file__).parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_loss_and_gradient_are_those_of_the_cpu():
+    logits, *rest = sparse_case(2, 1000)
+    results = []
+    for device in ("cpu", "cuda"):
+        x = logits.to(device).requires_grad_()
+        loss = 2 * sparse_cross_entropy(x, *(tensor.to(device) for tensor in rest))
+        loss.backward()
+        assert x.grad is not None
+        results.append((loss.detach().cpu(), x.grad.cpu()))
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)

@@ -8,13 +8,20 @@ the palette: with p its probabilities, b the background of all other classes and
 because every target sums to 1.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..labeler.geometry import TokenTargets
 from .mix_token import MixBox
+
+_IMAGES_IN_CACHE = 4
+"""Images whose logits a CPU looks at a few times while they are in its cache."""
 
 
 class TokenLabelLoss(NamedTuple):
@@ -50,30 +57,38 @@ def token_label_loss(
         class_weight: Factor of the class part.
         dense_weight: β; 0 leaves the dense part out altogether.
     """
-    class_loss = _class_losses(class_logits, targets, box).mean()
+    class_loss = _class_loss(class_logits, targets, box)
     dense_loss = class_loss.new_zeros(())
     if aux_logits is not None and dense_weight:
-        per_token = sparse_cross_entropy(
-            aux_logits, targets.palette, targets.tokens, targets.token_background
+        dense_loss = sparse_cross_entropy(
+            aux_logits,
+            targets.palette,
+            targets.tokens,
+            targets.token_background,
+            targets.token_weight / targets.token_weight.numel(),
         )
-        dense_loss = (per_token * targets.token_weight).mean()
     total = class_weight * class_loss + dense_weight * dense_loss
     return TokenLabelLoss(total, class_loss, dense_loss)
 
 
-def _class_losses(
+def _class_loss(
     logits: Float[Tensor, "b c"], targets: TokenTargets, box: MixBox | None
-) -> Float32[Tensor, " b"]:
+) -> Float32[Tensor, ""]:
     """Cross-entropy of the class token; linear in the target, so mixing losses mixes targets."""
 
-    def against(flip: bool) -> Float32[Tensor, " b"]:
+    def against(flip: bool) -> Float32[Tensor, ""]:
         palette, view = targets.palette, targets.view
         background, weight = targets.view_background, targets.view_weight
         if flip:
             palette, view = palette.flip(0), view.flip(0)
             background, weight = background.flip(0), weight.flip(0)
-        losses = sparse_cross_entropy(logits[:, None], palette, view[:, None], background[:, None])
-        return losses[:, 0] * weight
+        return sparse_cross_entropy(
+            logits[:, None],
+            palette,
+            view[:, None],
+            background[:, None],
+            weight[:, None] / len(view),
+        )
 
     if box is None or box.kept == 1:
         return against(flip=False)
@@ -85,12 +100,86 @@ def sparse_cross_entropy(
     palette: Int64[Tensor, "b u"],
     probabilities: Float32[Tensor, "b n u"],
     background: Float32[Tensor, "b n"],
-) -> Float32[Tensor, "b n"]:
-    """Cross-entropy of targets that are given on a palette, in float32.
+    weights: Float32[Tensor, "b n"],
+) -> Float32[Tensor, ""]:
+    """Sum up the weighted cross-entropies of targets that are given on a palette, in float32.
 
-    Palette entries whose probability equals the background add nothing, so padding is free.
+    Palette entries whose probability equals the background add nothing, so padding is free. The
+    gradient of the logits is formed along with the loss, in one visit of each token's logits;
+    so it can be fetched by one backward pass only, and is not itself differentiable.
     """
+    return _SparseCrossEntropy.apply(logits, palette, probabilities, background, weights)
+
+
+class _SparseCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        palette: Tensor,
+        probabilities: Tensor,
+        background: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        logits = logits.contiguous()
+        gradient = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
+        ctx.gradient = gradient
+        given = (logits, palette, probabilities, background, weights)
+        kernel = _kernel_for(logits)
+        if kernel:
+            return kernel(*given, gradient).sum()
+        if logits.device.type != "cpu":
+            return _losses(*given, gradient).sum()
+        total = logits.new_zeros((), dtype=torch.float32)
+        for i in range(0, len(logits), _IMAGES_IN_CACHE):
+            rows = slice(i, i + _IMAGES_IN_CACHE)
+            out = None if gradient is None else gradient[rows]
+            few = [tensor[rows] for tensor in given]
+            total += _losses(*few, gradient=out).sum()
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, factor: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        if ctx.gradient is None:
+            raise RuntimeError("the gradient of this loss has been fetched; compute the loss anew")
+        gradient, ctx.gradient = ctx.gradient, None
+        # The usual factor is 1; one look at it, where that is free, saves a pass over the logits.
+        if factor.device.type != "cpu" or factor.item() != 1:
+            gradient.mul_(factor)
+        return gradient, None, None, None, None
+
+
+def _kernel_for(logits: Tensor) -> Callable[..., Tensor] | None:
+    """Find the fused kernel where there is one for this device and class count."""
+    if logits.device.type != "cuda" or find_spec("triton") is None:
+        return None
+    from .loss_kernel import MOST_CLASSES, sparse_cross_entropies
+
+    return sparse_cross_entropies if logits.shape[2] <= MOST_CLASSES else None
+
+
+def _losses(
+    logits: Float[Tensor, "b n c"],
+    palette: Int64[Tensor, "b u"],
+    probabilities: Float32[Tensor, "b n u"],
+    background: Float32[Tensor, "b n"],
+    weights: Float32[Tensor, "b n"],
+    gradient: Float[Tensor, "b n c"] | None,
+) -> Float32[Tensor, "b n"]:
+    """Compute each token's weighted cross-entropy, and write the gradient of their sum."""
     x = logits.float()
-    on_palette = x.gather(2, palette[:, None].expand_as(probabilities))
-    above_background = probabilities - background[..., None]
-    return x.logsumexp(2) - (above_background * on_palette).sum(2) - background * x.sum(2)
+    above = probabilities - background[..., None]
+    index = palette[:, None].expand_as(above)
+    linear = (above * x.gather(2, index)).sum(2) + background * x.sum(2)
+    if gradient is None:
+        return (x.logsumexp(2) - linear) * weights
+    # softmax(x) - target, the target being background + above on the palette.
+    exact = gradient if gradient.dtype == torch.float32 else torch.empty_like(x)
+    torch.softmax(x, 2, out=exact)
+    logsumexp = x.amax(2) - exact.amax(2).log()  # the largest is e^(max - logsumexp)
+    exact.sub_(background[..., None]).scatter_add_(2, index, above.neg())
+    torch.mul(exact, weights[..., None], out=gradient)
+    return (logsumexp - linear) * weights

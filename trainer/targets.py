@@ -52,26 +52,21 @@ def batch_targets(
         targets = sample_targets(maps, views, grid, frames=frames, fill=fill)
         if class_target == "label":
             targets = _with_label_as_class_target(targets, classes)
-    return smooth(targets, smoothing)
+    return smooth_(targets, smoothing)
 
 
-def smooth(targets: TokenTargets, smoothing: float) -> TokenTargets:
-    """Give every class smoothing / num_classes and scale the rest down; sums stay 1.
+def smooth_(targets: TokenTargets, smoothing: float) -> TokenTargets:
+    """Give every class smoothing / num_classes and scale the rest down, in place; sums stay 1.
 
     The published code adds up to 1 + smoothing / num_classes; see docs/recipes.md.
     """
-    floor = smoothing / targets.num_classes
-    keep = 1 - smoothing
-    return TokenTargets(
-        palette=targets.palette,
-        tokens=targets.tokens * keep + floor,
-        token_background=targets.token_background * keep + floor,
-        token_weight=targets.token_weight,
-        view=targets.view * keep + floor,
-        view_background=targets.view_background * keep + floor,
-        view_weight=targets.view_weight,
-        num_classes=targets.num_classes,
-    )
+    even = torch.tensor(1 / targets.num_classes, device=targets.palette.device)
+    for probabilities in (
+        *(targets.tokens, targets.token_background),
+        *(targets.view, targets.view_background),
+    ):
+        probabilities.lerp_(even, smoothing)
+    return targets
 
 
 def _labels_only(
@@ -79,16 +74,14 @@ def _labels_only(
 ) -> TokenTargets:
     """Certain class targets, and tokens that are not taught."""
     b, n = len(classes), grid[0] * grid[1]
-    zeros = torch.zeros(b, n, device=classes.device)
-    ones = torch.ones(b, 1, device=classes.device)
     return TokenTargets(
         palette=classes[:, None],
-        tokens=zeros[..., None],
-        token_background=zeros,
-        token_weight=zeros,
-        view=ones,
-        view_background=torch.zeros_like(ones[:, 0]),
-        view_weight=ones[:, 0],
+        tokens=torch.zeros(b, n, 1, device=classes.device),
+        token_background=torch.zeros(b, n, device=classes.device),
+        token_weight=torch.zeros(b, n, device=classes.device),
+        view=torch.ones(b, 1, device=classes.device),
+        view_background=torch.zeros(b, device=classes.device),
+        view_weight=torch.ones(b, device=classes.device),
         num_classes=num_classes,
     )
 
