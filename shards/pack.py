@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from ..labeler.images import DEFAULT_QUALITY, BadImage, portable_jpeg
+from ..labeler.images import DEFAULT_QUALITY, BadImage, Check, portable_jpeg
 from ..labeler.label_map import LabelMapError, decode
 from ..labeler.label_set import LabelSet
 from ..labeler.sources import ImageSource, Sample
@@ -64,6 +64,7 @@ def pack(
     shard_size: int | None = None,
     max_side_px: int | None = None,
     quality: int = DEFAULT_QUALITY,
+    check: Check = "decode",
     allow_missing: bool = False,
     overwrite: bool = False,
 ) -> PackSummary:
@@ -85,6 +86,7 @@ def pack(
         shard_size: Begin a new tar after this many samples.
         max_side_px: Shrink images whose longer side is above this.
         quality: JPEG quality of images that are encoded anew.
+        check: See images.portable_jpeg; "ends" packs several times as fast.
         allow_missing: Leave images without a label out, instead of refusing the label set.
         overwrite: Replace the split if the folder has it already. The old one stays in place
             until the new one is complete.
@@ -118,7 +120,7 @@ def pack(
                 with ThreadPoolExecutor(num_workers, thread_name_prefix="pack") as pool:
                     prepared = map_in_order(
                         pool,
-                        lambda sample: _prepare(source, near, sample, max_side_px, quality),
+                        lambda sample: _prepare(source, near, sample, max_side_px, quality, check),
                         samples,
                         ahead=num_workers * _SAMPLES_AHEAD,
                     )
@@ -181,10 +183,11 @@ def _prepare(
     sample: Sample,
     max_side_px: int | None,
     quality: int,
+    check: Check,
 ) -> _Prepared | _Rejected:
     try:
         data = source.read(sample)
-        jpeg, repair = portable_jpeg(data, max_side_px=max_side_px, quality=quality)
+        jpeg, repair = portable_jpeg(data, max_side_px=max_side_px, quality=quality, check=check)
     except (FileNotFoundError, PermissionError) as error:  # other OSErrors mean storage trouble
         return _Rejected(f"cannot be read: {error.strerror}")
     except BadImage as error:

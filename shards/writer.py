@@ -27,6 +27,13 @@ Fields = list[tuple[str, bytes]]
 """A sample's (extension, content) in the order of the tar."""
 
 _TAR_END = bytes(1024)
+_WRITE_BYTES = 1_000_000
+
+# A plain POSIX header: name, mode 644, owner and group 0; size; no date; checksum; a regular file.
+_MODE_OWNER = b"0000644\0" + 2 * b"0000000\0"
+_DATE = b"\0" + b"00000000000\0"
+_HEADER_END = (b"0" + bytes(100) + b"ustar\00000").ljust(356, b"\0")
+_CONSTANT_SUM = sum(_MODE_OWNER) + sum(_DATE) + sum(b" " * 8) + sum(_HEADER_END)
 
 _logger = logging.getLogger(__name__)
 _Item = TypeVar("_Item")
@@ -209,10 +216,13 @@ class ShardWriter:
     def __init__(self, folder: Path, name: str) -> None:
         self.name = name
         self.num_bytes = 0
+        """Of the tar so far."""
         self.rows: list[list[tuple[str, int, int]]] = []
         """Of each sample: its members as (name in the tar, offset of the data, size)."""
         self._folder = folder
         self._sha256 = hashlib.sha256()
+        self._pending: list[bytes] = []
+        self._num_pending_bytes = 0
         with naming(folder / name):
             self._file = create(folder / name)
 
@@ -224,15 +234,18 @@ class ShardWriter:
         """Append a sample's files."""
         row = []
         for member in members:
-            self._write(member.header)
+            self._append(member.header)
             row.append((member.name, self.num_bytes, len(member.data)))
-            self._write(member.data)
-            self._write(bytes(member.num_padding_bytes))
+            self._append(member.data)
+            self._append(bytes(member.num_padding_bytes))
         self.rows.append(row)
+        if self._num_pending_bytes >= _WRITE_BYTES:
+            self._write()
 
     def finish(self) -> ShardEntry:
         """Write the end of the tar and the .idx, both down to the disk."""
-        self._write(_TAR_END)
+        self._append(_TAR_END)
+        self._write()
         idx = index_file.format_idx(self.rows).encode()
         entry = ShardEntry(
             name=self.name,
@@ -254,11 +267,19 @@ class ShardWriter:
         with suppress(OSError):
             self._file.close()
 
-    def _write(self, block: bytes) -> None:
-        with naming(self._folder / self.name):
-            self._file.write(block)
-        self._sha256.update(block)
+    def _append(self, block: bytes) -> None:
+        self._pending.append(block)
+        self._num_pending_bytes += len(block)
         self.num_bytes += len(block)
+
+    def _write(self) -> None:
+        # Many samples at a time: a call for each small block would take longer than the writing.
+        data = b"".join(self._pending)
+        self._pending.clear()
+        self._num_pending_bytes = 0
+        with naming(self._folder / self.name):
+            self._file.write(data)
+        self._sha256.update(data)
 
 
 class _TarMember:
@@ -267,7 +288,7 @@ class _TarMember:
     def __init__(self, name: str, data: bytes) -> None:
         self.name = name
         self.data = data
-        self.header = _tar_header(name, len(data))
+        self.header = tar_header(name, len(data))
         self.num_padding_bytes = -len(data) % tarfile.BLOCKSIZE
 
     @property
@@ -279,12 +300,27 @@ def _members(key: str, fields: Fields) -> list[_TarMember]:
     return [_TarMember(f"{key}.{extension}", data) for extension, data in fields]
 
 
-def _tar_header(name: str, num_bytes: int) -> bytes:
+def tar_header(name: str, num_bytes: int) -> bytes:
     """Return a tar header that every reader understands.
 
     Names that a plain POSIX header cannot hold (100 bytes, or 255 with a '/' at the right place)
     take GNU's long form: DALI reads that without an index too, and the newer pax form it does not.
     """
+    encoded = name.encode()
+    if len(encoded) <= 100 and num_bytes < 8**11:
+        size = b"%011o" % num_bytes
+        # The checksum is the sum of all bytes; most of them are the same in every header.
+        checksum = _CONSTANT_SUM + sum(encoded) + sum(size)
+        return b"".join(
+            (
+                encoded.ljust(100, b"\0"),
+                _MODE_OWNER,
+                size,
+                _DATE,
+                b"%06o\0 " % checksum,
+                _HEADER_END,
+            )
+        )
     info = tarfile.TarInfo(name)
     info.size = num_bytes
     try:

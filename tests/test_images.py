@@ -276,3 +276,25 @@ def test_what_passes_the_check_never_stops_dali():
     assert 100 < len(passed) < 600
     for jpeg, seen_by_dali in zip(passed, _decode_with_dali(passed)):
         assert seen_by_dali.shape == np.asarray(load_image(jpeg)).shape
+
+
+def test_looking_at_the_ends_finds_what_is_cut_off_and_decodes_what_is_encoded_anew():
+    data = _file(_photo(60, 40), "JPEG")
+    assert portable_jpeg(data, check="ends") == (data, None)
+    assert portable_jpeg(data + b"\0\0", check="ends") == (data + b"\0\0", None)
+    with pytest.raises(BadImage, match="truncated"):
+        portable_jpeg(data[:-100], check="ends")
+    with pytest.raises(BadImage, match="not a JPEG"):
+        portable_jpeg(b"cut" + data, check="ends")
+    png = _file(_photo(60, 40), "PNG")
+    assert portable_jpeg(png, check="ends") == portable_jpeg(png)
+
+
+def test_only_decoding_finds_what_is_missing_in_the_middle():
+    data = _file(_photo(60, 40), "JPEG")
+    tables = data.index(b"\xff\xdb")  # of the quantisation
+    end = tables + 2 + int.from_bytes(data[tables + 2 : tables + 4], "big")
+    without = data[:tables] + data[end:]
+    assert portable_jpeg(without, check="ends") == (without, None)
+    with pytest.raises(BadImage):
+        portable_jpeg(without)

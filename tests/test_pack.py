@@ -35,6 +35,7 @@ from tokenlabel.labeler.sources import ImageSource, Sample, open_source
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack
 from tokenlabel.shards.verify import verify
+from tokenlabel.shards.writer import tar_header
 
 ODD_NAMES = [
     "ünï/字 ö.jpg",
@@ -236,6 +237,21 @@ def test_unusable_images_are_listed_and_not_packed(images: Path, out: Path):
     assert split.quarantined["dog/gone"] == "cannot be read: No such file or directory"
     assert split.num_samples + len(split.quarantined) == split.num_listed == 21
     assert read_index(out).split("train") == split
+
+
+def test_looking_at_the_ends_packs_the_same_and_finds_what_is_cut_off(images: Path, tmp_path: Path):
+    (images / "cat/00.jpg").write_bytes((images / "cat/01.jpg").read_bytes()[:-100])
+    for check in ("decode", "ends"):
+        pack(open_source(images), tmp_path / check, split="train", check=check)
+    assert files_of(tmp_path / "decode") == files_of(tmp_path / "ends")
+
+
+def test_the_headers_are_those_of_tarfile():
+    for name, num_bytes in (("a.jpg", 0), ("é/ü.cls", 3), ("x" * 100, 8**11 - 1), ("x", 8**11)):
+        info = tarfile.TarInfo(name)
+        info.size = num_bytes
+        form = tarfile.USTAR_FORMAT if num_bytes < 8**11 else tarfile.GNU_FORMAT
+        assert tar_header(name, num_bytes) == info.tobuf(form, "utf-8")
 
 
 def test_storage_that_fails_is_an_error_and_not_a_hundred_bad_images(
