@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from ..labeler import label_map
 from ..labeler.images import DEFAULT_QUALITY, BadImage, Check, portable_jpeg
-from ..labeler.label_map import LabelMapError, decode
 from ..labeler.label_set import LabelSet
 from ..labeler.sources import ImageSource, Sample
 from . import index as index_file
@@ -215,15 +215,15 @@ def at_hand(labels: _Labels, folder: Path) -> Iterator[_Labels]:
 
 
 def read_label(labels: LabelSet, key: str) -> bytes:
-    """Return an image's label map once it has been decoded on trial.
+    """Return an image's label map once its checksum has been looked at.
 
     Raises:
         ValueError: If it is damaged.
     """
     label = labels.read(key)
     try:
-        decode(label, dictionary=labels.dictionary)
-    except LabelMapError as error:
+        label_map.check(label, dictionary=labels.dictionary)
+    except label_map.LabelMapError as error:
         raise ValueError(f"the label map of {key} is damaged: {error}") from error
     return label
 

@@ -52,8 +52,8 @@ class RelabelSummary:
 
 
 @dataclass(frozen=True, slots=True)
-class _Stored:
-    """A sample of the old data set, but for its label map."""
+class StoredSample:
+    """A sample of a packed data set, but for its label map."""
 
     key: str
     offset: int
@@ -120,7 +120,7 @@ def relabel(
         check_label_classes(data, old.class_ids, old.class_names, labels)
         entry = old.split(split)
         with staging(target, split) as staged, ThreadPoolExecutor(num_workers) as pool:
-            stored = list(pool.map(_stored_samples, old.shard_paths(split)))
+            stored = list(pool.map(stored_samples, old.shard_paths(split)))
             left_out, num_unused_labels = join(
                 [sample.key for samples in stored for sample in samples],
                 labels,
@@ -162,7 +162,7 @@ def relabel(
 class _Job:
     old: ShardEntry
     name: str
-    samples: list[_Stored]
+    samples: list[StoredSample]
 
 
 def _labels_of(index: ShardIndex, split: str) -> dict[str, Any] | None:
@@ -188,7 +188,13 @@ def _choose(index: ShardIndex, split: str | None) -> str:
     return names[0]
 
 
-def _stored_samples(path: Path) -> list[_Stored]:
+def stored_samples(path: Path) -> list[StoredSample]:
+    """List the samples of a packed shard.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it holds anything else, or is damaged.
+    """
     members = list_tar(str(path)).members
     samples = []
     for key, run in groupby(members, lambda member: member.name.rpartition(".")[0]):
@@ -199,12 +205,12 @@ def _stored_samples(path: Path) -> list[_Stored]:
                 "perhaps tlm; check the data set with tl-shard verify"
             )
         jpg = fields["jpg"]
-        samples.append(_Stored(key, jpg.offset, jpg.num_bytes, fields["cls"].content))
+        samples.append(StoredSample(key, jpg.offset, jpg.num_bytes, fields["cls"].content))
     return samples
 
 
 def _jobs(
-    split: str, shards: list[ShardEntry], stored: list[list[_Stored]], left_out: dict[str, str]
+    split: str, shards: list[ShardEntry], stored: list[list[StoredSample]], left_out: dict[str, str]
 ) -> list[_Job]:
     """Drop the samples that are left out, and shards that become empty by that."""
     jobs: list[_Job] = []

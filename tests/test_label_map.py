@@ -14,6 +14,7 @@ from tokenlabel.labeler import label_map as module
 from tokenlabel.labeler.label_map import (
     LabelMap,
     LabelMapError,
+    check,
     decode,
     decode_batch,
     encode,
@@ -165,6 +166,14 @@ def test_a_dictionary_makes_maps_smaller_and_reading_needs_it():
         decode(packed)
     with pytest.raises(LabelMapError, match="no dictionary can be trained on 1 label maps"):
         train_dictionary(plain[:1])
+
+
+def test_the_check_finds_every_flipped_byte():
+    data = encode(random_map(np.random.default_rng(13), grid=(3, 3)))
+    check(data)
+    for position in range(len(data)):
+        with pytest.raises(LabelMapError):
+            check(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
 
 
 def test_several_levels_of_one_image_keep_their_grids_and_windows():
