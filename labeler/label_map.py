@@ -16,6 +16,7 @@ import struct
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,11 @@ _CRC_OFFSET = 16
 _ZSTD_LEVEL = 1
 _MAX_WINDOW_BYTES = 1 << 23
 _MAX_ODDS = 16.0
+_SMALLEST_STEP = 0.09
+"""Of 8-bit scores, in logits: finer ones cost bytes, and teachers are not that sure."""
+_CODES = np.arange(1 << 16, dtype=np.uint16)
+_FLOAT16_OF_CODE = np.where(_CODES & 0x8000, _CODES ^ 0x8000, ~_CODES).view(np.float16)
+"""Undoes _monotone."""
 
 
 class LabelMapError(ValueError):
@@ -88,7 +94,7 @@ class LabelMap:
             raise LabelMapError(
                 f"class {int(self.classes.max())} is not below num_classes {self.num_classes}"
             )
-        _check_scores(_monotone(self.scores)[None])
+        _check_scores(_monotone(self.scores))
         _check_distinct(self.classes[None], self.scores[None])
         if self.log_normalizer is not None:
             _check_finite(_monotone(self.log_normalizer), "log_normalizer")
@@ -252,11 +258,10 @@ def decode(data: bytes, *, dictionary: bytes | None = None) -> tuple[LabelMap, .
     header, payload = _unpack(data, _decompressor(dictionary))
     palette = _palette(header, payload)
     maps = []
-    start = 4 * header.palette_size
-    for level in header.levels:
-        section = payload[start : start + header.section_bytes(level)]
-        start += len(section)
-        indices, scores, normalizer = _cells(section, 1, header, level, header.own_steps)
+    for number, level in enumerate(header.levels):
+        table = np.frombuffer(_section(header, payload, number), np.uint8)[None]
+        indices = _resolve(_codes(table, header, level))
+        scores, normalizer = _scores(table, indices, header, header.own_steps)
         if int(indices.max()) >= header.palette_size:
             raise LabelMapError(f"palette index {indices.max()} of {header.palette_size} classes")
         maps.append(
@@ -310,18 +315,9 @@ def decode_batch(batch: Sequence[bytes], *, dictionary: bytes | None = None) -> 
         class_counts={header.num_classes for header in headers},
         has_normalizer=all(header.has_normalizer for header in headers),
     )
-    # Maps of one shape are decoded together, whichever images and levels they belong to.
-    groups: dict[tuple, list[_Section]] = {}
-    for position, (header, payload) in enumerate(unpacked):
-        arrays.palette[position, : header.palette_size] = _palette(header, payload)
-        start = 4 * header.palette_size
-        for index, level in enumerate(header.levels):
-            end = start + header.section_bytes(level)
-            section = _Section(position, index, header, payload[start:end])
-            groups.setdefault((header.flags, header.k, level.grid), []).append(section)
-            start = end
-    for sections in groups.values():
-        _fill_group(arrays, sections)
+    _fill_palettes(arrays.palette, unpacked)
+    for level in range(arrays.grids.shape[1]):
+        _fill_level(arrays, level, unpacked)
     return arrays
 
 
@@ -352,15 +348,6 @@ def to_arrays(images: Sequence[LabelMap | Sequence[LabelMap]]) -> PaletteArrays:
     return arrays
 
 
-class _Section(NamedTuple):
-    """The uncompressed bytes of one level, and where it belongs in the batch."""
-
-    position: int
-    level: int
-    header: "_Header"
-    data: bytes
-
-
 class _Level(NamedTuple):
     grid: tuple[int, int]
     window: tuple[float, float, float, float]
@@ -378,14 +365,15 @@ class _Steps(NamedTuple):
 
     @staticmethod
     def of(levels: Sequence[LabelMap]) -> "_Steps":
-        """Spread 255 steps over what these maps hold."""
+        """Spread 255 steps over what these maps hold, or fewer that are wide enough."""
         tops = np.concatenate([level.scores[0].ravel() for level in levels]).astype(np.float32)
         gaps = [-np.diff(level.scores.astype(np.float32), axis=0).ravel() for level in levels]
         odds = [_log_odds(level).ravel() for level in levels if level.log_normalizer is not None]
         lowest_top, top = _spread(tops)
         lowest_odds, step = _spread(np.concatenate(odds)) if odds else (0.0, 0.0)
         widest = max(float(gap.max(initial=0)) for gap in gaps)
-        return _Steps(lowest_top, top, widest / 255, lowest_odds, step)
+        top, gap = max(top, _SMALLEST_STEP), max(widest / 255, _SMALLEST_STEP)
+        return _Steps(lowest_top, top, gap, lowest_odds, step)
 
     def planes(self, level: LabelMap) -> list[bytes]:
         """Round to steps, each rank against the rounded one before, so that errors do not add."""
@@ -434,8 +422,10 @@ class _Header(NamedTuple):
         return rows * cols * per_cell
 
     @property
-    def payload_bytes(self) -> int:
-        return 4 * self.palette_size + sum(self.section_bytes(level) for level in self.levels)
+    def ends(self) -> list[int]:
+        """Where the palette ends in the uncompressed bytes, and then each level's section."""
+        sizes = (4 * self.palette_size, *map(self.section_bytes, self.levels))
+        return list(accumulate(sizes))
 
 
 def _crc(header: bytes, body: bytes) -> int:
@@ -475,24 +465,25 @@ def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Hea
     smallest = 1 if flags & _EMPTY_RANKS else k
     if not smallest <= palette_size <= header.num_classes:
         raise LabelMapError(f"a palette of {palette_size}, k {k}, {header.num_classes} classes")
-    if header.payload_bytes > MAX_PAYLOAD_BYTES:
+    num_bytes = header.ends[-1]
+    if num_bytes > MAX_PAYLOAD_BYTES:
         raise LabelMapError(
-            f"unpacks to {header.payload_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
+            f"unpacks to {num_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
         )
     frame = body[frame_at:]
     try:
         # A size in the frame's own header would override max_output_size.
-        if zstandard.frame_content_size(frame) not in (-1, header.payload_bytes):
+        if zstandard.frame_content_size(frame) not in (-1, num_bytes):
             raise LabelMapError("the compressed frame claims another size than the header")
         payload = decompressor.decompress(
             frame,
-            max_output_size=header.payload_bytes,
+            max_output_size=num_bytes,
             allow_extra_data=False,
         )
     except (zstandard.ZstdError, MemoryError) as error:
         raise LabelMapError(_why_unreadable(frame, error)) from error
-    if len(payload) != header.payload_bytes:
-        raise LabelMapError(f"{len(payload)} bytes unpacked, {header.payload_bytes} expected")
+    if len(payload) != num_bytes:
+        raise LabelMapError(f"{len(payload)} bytes unpacked, {num_bytes} expected")
     return header, payload
 
 
@@ -510,59 +501,110 @@ def _why_unreadable(frame: bytes, error: Exception) -> str:
 
 
 def _palette(header: _Header, payload: bytes) -> UInt32[np.ndarray, " u"]:
-    deltas = _from_planes(payload[: 4 * header.palette_size], 1, header.palette_size, 4)[0]
-    palette = np.cumsum(deltas, dtype=np.uint64)
-    if (deltas[1:] == 0).any() or int(palette[-1]) >= header.num_classes:
-        raise LabelMapError("the palette does not ascend below num_classes")
-    return palette.astype(np.uint32)
+    palette = np.zeros((1, header.palette_size), np.int64)
+    _fill_palettes(palette, [(header, payload)])
+    return palette[0].astype(np.uint32)
 
 
-def _cells(
-    sections: bytes, num_maps: int, header: _Header, level: _Level, steps: list[_Steps]
-) -> tuple[
-    Int64[np.ndarray, "b k rows cols"],
-    Float16[np.ndarray, "b k rows cols"],
-    Float16[np.ndarray, "b rows cols"] | None,
-]:
-    """Decode the equal-sized sections of several maps at once: indices, scores, normaliser.
+def _fill_palettes(
+    palettes: Int64[np.ndarray, "b u"], unpacked: Sequence[tuple[_Header, bytes]]
+) -> None:
+    """Read all palettes at once: differences, in planes of bytes, most significant first."""
+    b, u = palettes.shape
+    sizes = np.array([header.palette_size for header, _ in unpacked])
+    planes = np.zeros((4, b, u), np.uint8)
+    for i, (header, payload) in enumerate(unpacked):
+        size = header.palette_size
+        planes[:, i, :size] = np.frombuffer(payload, np.uint8, 4 * size).reshape(4, size)
+    palettes[:] = planes.transpose(1, 2, 0).copy().view(">u4")[..., 0]
+    is_used = np.arange(u) < sizes[:, None]
+    repeats = (palettes[:, 1:] == 0) & is_used[:, 1:]
+    np.cumsum(palettes, axis=1, out=palettes)
+    num_classes = np.array([header.num_classes for header, _ in unpacked])
+    wrong = repeats.any(axis=1) | (palettes[:, -1] >= num_classes)
+    if wrong.any():
+        raise LabelMapError(f"{_whose(wrong)}the palette does not ascend below num_classes")
+    palettes[~is_used] = 0
+
+
+def _whose(wrong: Bool[np.ndarray, " b"]) -> str:
+    """Name the first image of a batch with which something is wrong."""
+    return "" if len(wrong) == 1 else f"label map {int(wrong.argmax())} of the batch: "
+
+
+def _codes(
+    table: UInt8[np.ndarray, "b bytes"], header: _Header, level: _Level
+) -> Int32[np.ndarray, "b k rows cols"]:
+    """Read the neighbour codes of several maps of one shape; 2k stands for a repeated rank."""
+    shape = (header.k, *level.grid)
+    num_codes = math.prod(shape)
+    planes = table[:, : num_codes * header.code_bytes]
+    codes = _from_planes(planes, len(table), num_codes, header.code_bytes).astype(np.int32)
+    codes = codes.reshape(-1, *shape)
+    k, empty_ranks = header.k, bool(header.flags & _EMPTY_RANKS)
+    if (codes[:, :, 0] < k).any() or ((codes[..., 0] >= k) & (codes[..., 0] < 2 * k)).any():
+        raise LabelMapError("a cell at the border names a neighbour outside the grid")
+    if not empty_ranks:
+        codes += codes >= 2 * k
+    elif (codes[:, 0] == 2 * k).any():
+        raise LabelMapError("a cell without any class")
+    return codes
+
+
+def _scores(
+    table: UInt8[np.ndarray, "b bytes"],
+    indices: Int32[np.ndarray, "b k rows cols"],
+    header: _Header,
+    steps: list[_Steps],
+) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
+    """Read scores and normaliser of several maps of one shape.
 
     What may differ between the maps' headers comes in `steps`, one each, or none for 16-bit scores.
     """
-    shape = (header.k, *level.grid)
-    num_codes = math.prod(shape)
-    table = np.frombuffer(sections, np.uint8).reshape(num_maps, -1)
-    scores_at = num_codes * header.code_bytes
-    codes = _from_planes(table[:, :scores_at], num_maps, num_codes, header.code_bytes)
-    indices = _resolve(codes.reshape(num_maps, *shape), bool(header.flags & _EMPTY_RANKS))
-    rest = table[:, scores_at:]
+    rest = table[:, indices[0].size * header.code_bytes :]
     if steps:
-        scores, normalizer = _read_byte_scores(rest, indices, header.has_normalizer, steps)
-    else:
-        scores, normalizer = _read_scores(rest, (num_maps, *shape), header.has_normalizer)
-    return indices, scores, normalizer
+        return _read_byte_scores(rest, indices, header.has_normalizer, steps)
+    return _read_scores(rest, indices.shape, header.has_normalizer)
 
 
-def _fill_group(arrays: PaletteArrays, sections: list[_Section]) -> None:
-    """Decode maps of one shape and write them into the batch."""
-    header = sections[0].header
-    level = header.levels[sections[0].level]
-    data = b"".join(section.data for section in sections)
-    steps = [step for section in sections for step in section.header.own_steps]
-    indices, scores, normalizer = _cells(data, len(sections), header, level, steps)
-    positions = np.array([section.position for section in sections])
-    levels = np.array([section.level for section in sections])
-    too_large = indices.max(axis=(1, 2, 3)) >= arrays.palette_sizes[positions]
+def _fill_level(
+    arrays: PaletteArrays, level: int, unpacked: Sequence[tuple[_Header, bytes]]
+) -> None:
+    """Decode one level of all images and write it into the batch."""
+    # Maps of one shape are read together; the neighbour codes of all shapes are resolved at once.
+    groups: dict[tuple, list[int]] = {}
+    for position, (header, _) in enumerate(unpacked):
+        kind = (header.flags, header.k, header.levels[level].grid)
+        groups.setdefault(kind, []).append(position)
+    tables = []
+    b, _, k = arrays.indices.shape[:3]
+    codes = np.full((b, k, *arrays.grids[:, level].max(axis=0)), 2 * k + 1, np.int32)
+    for (_, _, (rows, cols)), positions in groups.items():
+        sections = b"".join(_section(*unpacked[position], level) for position in positions)
+        table = np.frombuffer(sections, np.uint8).reshape(len(positions), -1)
+        header = unpacked[positions[0]][0]
+        codes[positions, :, :rows, :cols] = _codes(table, header, header.levels[level])
+        tables.append(table)
+    indices = _resolve(codes)
+    too_large = indices.max(axis=(1, 2, 3)) >= arrays.palette_sizes
     if too_large.any():
-        raise LabelMapError(
-            f"label map {positions[int(too_large.argmax())]} of the batch: "
-            "a palette index lies beyond its palette"
-        )
-    _check_distinct(indices, scores)
-    rows, cols = level.grid
-    arrays.indices[positions, levels, :, :rows, :cols] = indices
-    arrays.scores[positions, levels, :, :rows, :cols] = scores
-    if arrays.log_normalizer is not None:
-        arrays.log_normalizer[positions, levels, :rows, :cols] = normalizer
+        raise LabelMapError(f"{_whose(too_large)}a palette index lies beyond its palette")
+    arrays.indices[:, level, :, : indices.shape[2], : indices.shape[3]] = indices
+    for ((_, _, (rows, cols)), positions), table in zip(groups.items(), tables):
+        header = unpacked[positions[0]][0]
+        steps = [step for position in positions for step in unpacked[position][0].own_steps]
+        own = indices[positions, :, :rows, :cols]
+        scores, normalizer = _scores(table, own, header, steps)
+        _check_distinct(own, scores)
+        arrays.scores[positions, level, :, :rows, :cols] = scores
+        if arrays.log_normalizer is not None:
+            arrays.log_normalizer[positions, level, :rows, :cols] = normalizer
+
+
+def _section(header: _Header, payload: bytes, level: int) -> bytes:
+    """Cut one level out of the uncompressed bytes."""
+    start, end = header.ends[level : level + 2]
+    return payload[start:end]
 
 
 def _empty_arrays(
@@ -601,7 +643,7 @@ def _monotone(values: Float16[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*sha
 
 
 def _from_monotone(codes: UInt16[np.ndarray, "*shape"]) -> Float16[np.ndarray, "*shape"]:
-    return np.where(codes & 0x8000, codes ^ 0x8000, ~codes).view(np.float16)
+    return _FLOAT16_OF_CODE.take(codes)
 
 
 def _score_planes(level: LabelMap) -> list[bytes]:
@@ -618,13 +660,13 @@ def _read_scores(
 ) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
     """Undo _score_planes for several maps of one (b, k, rows, cols)."""
     num_maps, num_scores = shape[0], math.prod(shape[1:])
-    gaps = _from_planes(table[:, : 2 * num_scores], num_maps, num_scores, 2).reshape(shape)
-    below_top = np.cumsum(gaps[:, 1:], axis=1, dtype=np.uint32)
-    if (below_top > gaps[:, :1]).any():
-        raise LabelMapError("a score falls below the lowest float16")
-    top = gaps[:, :1]
-    monotone = np.concatenate([top, top - below_top.astype(np.uint16)], axis=1)
-    _check_scores(monotone)
+    monotone = _from_planes(table[:, : 2 * num_scores], num_maps, num_scores, 2).reshape(shape)
+    for rank in range(1, shape[1]):
+        above, gap = monotone[:, rank - 1], monotone[:, rank]
+        if (gap > above).any():
+            raise LabelMapError("a score falls below the lowest float16")
+        np.subtract(above, gap, out=gap)
+    _check_finite(monotone[:, [0, -1]], "scores")
     if not has_normalizer:
         return _from_monotone(monotone), None
     cells = (num_maps, *shape[2:])
@@ -636,7 +678,7 @@ def _read_scores(
 
 def _read_byte_scores(
     table: UInt8[np.ndarray, "b bytes"],
-    indices: Int64[np.ndarray, "b k rows cols"],
+    indices: Int32[np.ndarray, "b k rows cols"],
     has_normalizer: bool,
     steps: list[_Steps],
 ) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
@@ -709,35 +751,40 @@ def _neighbor_codes(
     return codes
 
 
-def _resolve(
-    codes: UInt16[np.ndarray, "b k rows cols"], empty_ranks: bool
-) -> Int64[np.ndarray, "b k rows cols"]:
-    """Palette indices from neighbour codes.
+def _resolve(codes: Int32[np.ndarray, "b k rows cols"]) -> Int32[np.ndarray, "b k rows cols"]:
+    """Palette indices from neighbour codes; 2k repeats the rank before, an index i is 2k + 1 + i.
 
-    Every code that names another rank becomes a pointer to it. Replacing pointers by what they
-    point at halves every chain, so a few rounds resolve all cells of all maps at once.
+    A cell needs those above and to the left, so all cells of a diagonal can be resolved at once,
+    in all maps. Slanted by a column a row, diagonals are columns, and both neighbours of a cell lie
+    in the column before.
     """
-    _, k, rows, cols = codes.shape
-    if (codes[:, :, 0] < k).any() or ((codes[..., 0] >= k) & (codes[..., 0] < 2 * k)).any():
-        raise LabelMapError("a cell at the border names a neighbour outside the grid")
-    if empty_ranks and (codes[:, 0] == 2 * k).any():
-        raise LabelMapError("a cell without any class")
-    flat = codes.reshape(-1).astype(np.int64)
-    first_index = 2 * k + empty_ranks
-    pointing = np.flatnonzero(flat < first_index)
-    code, cell = flat[pointing], pointing % (rows * cols)
-    rank_0 = pointing - pointing % (k * rows * cols) + cell
-    pointer = np.arange(flat.size)
-    pointer[pointing] = np.select(
-        [code < k, code < 2 * k],
-        [rank_0 + code * (rows * cols) - cols, rank_0 + (code - k) * (rows * cols) - 1],
-        pointing - rows * cols,
-    )
-    while pointing.size:
-        target = pointer[pointer[pointing]]
-        pointer[pointing] = target
-        pointing = pointing[flat[target] < first_index]
-    return (flat[pointer] - first_index).reshape(codes.shape)
+    b, k, rows, cols = codes.shape
+    slanted = np.zeros((rows + cols - 1, rows, k, b), np.int32)
+    for row in range(rows):
+        slanted[row : row + cols, row] = codes[:, :, row].transpose(2, 1, 0)
+    repeats = bool((codes == 2 * k).any())
+    # What a code may name: for each cell and image the ranks above, those to the left, itself.
+    known = np.zeros((rows, 2 * k, b), np.int32)
+    place = 2 * k * b * np.arange(rows)[:, None, None] + np.arange(b)
+    for diagonal in range(rows + cols - 1):
+        first, end = max(0, diagonal - cols + 1), min(diagonal + 1, rows)
+        now = slanted[diagonal, first:end]
+        if diagonal:
+            before = slanted[diagonal - 1]
+            known[max(first, 1) : end, :k] = before[max(first, 1) - 1 : end - 1]
+            known[first:end, k:] = before[first:end]
+        named = known.take(now * b + place[first:end], mode="clip")
+        is_index = now > 2 * k
+        resolved = np.where(is_index, now - (2 * k + 1), named)
+        if repeats:
+            for rank in range(1, k):
+                again = now[:, rank] == 2 * k
+                resolved[:, rank][again] = resolved[:, rank - 1][again]
+        slanted[diagonal, first:end] = resolved
+    indices = np.empty_like(codes)
+    for row in range(rows):
+        indices[:, :, row] = slanted[row : row + cols, row].transpose(2, 1, 0)
+    return indices
 
 
 def _planes(values: np.ndarray, num_bytes: int) -> list[bytes]:
@@ -823,10 +870,10 @@ def _check_window(window: tuple[float, ...]) -> None:
         raise LabelMapError(f"window {window} is not (x0, y0, x1, y1) with x0 < x1 and y0 < y1")
 
 
-def _check_scores(monotone: UInt16[np.ndarray, "b k rows cols"]) -> None:
-    if (monotone[:, :-1] < monotone[:, 1:]).any():
+def _check_scores(monotone: UInt16[np.ndarray, "k rows cols"]) -> None:
+    if (monotone[:-1] < monotone[1:]).any():
         raise LabelMapError("scores do not descend along k")
-    _check_finite(monotone[:, [0, -1]], "scores")
+    _check_finite(monotone[[0, -1]], "scores")
 
 
 def _check_finite(monotone: UInt16[np.ndarray, "..."], name: str) -> None:
