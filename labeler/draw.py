@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import matplotlib
 import numpy as np
@@ -44,10 +44,21 @@ _NAMED_CONFIDENCE = 0.25
 
 _MARGIN_PX = 12
 _TEXT_PX = 15
+_LINE_PX = _TEXT_PX + 8
 _LEGEND_PX = 520
 """Least width of a legend; its last line, the key to opacity, needs this much."""
 _INK: Colour = (32, 32, 32)
 _PAPER: Colour = (255, 255, 255)
+
+
+@runtime_checkable
+class Swatch(Protocol):
+    """An entry of a legend; str() of it stands beside its colour."""
+
+    @property
+    def colour(self) -> Colour:
+        """What is painted."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,24 +228,44 @@ def with_legend(drawing: Drawing, *, photo: Image.Image, title: str) -> Image.Im
         photo: The same image as it is, scaled to the drawing's size at the left.
         title: One line above both.
     """
-    width, height = drawing.image.size
-    inner_px = max(2 * width + _MARGIN_PX, _LEGEND_PX)
-    lines = _legend_lines(drawing.legend, inner_px)
-    line_px = _TEXT_PX + 8
-    pictures_y = 2 * _MARGIN_PX + _TEXT_PX
-    legend_y = pictures_y + height + _MARGIN_PX
-    sheet = Image.new(
-        "RGB", (inner_px + 2 * _MARGIN_PX, legend_y + line_px * (len(lines) + 1) + 4), _PAPER
-    )
-    pen = ImageDraw.Draw(sheet)
-    pen.text((_MARGIN_PX, _MARGIN_PX), title, fill=_INK, font=_font(_TEXT_PX, bold=True))
-    left = photo.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
-    sheet.paste(left, (_MARGIN_PX, pictures_y))
-    sheet.paste(drawing.image, (2 * _MARGIN_PX + width, pictures_y))
-    for number, line in enumerate(lines):
-        _write_entries(pen, line, legend_y + number * line_px)
-    _write_confidence_key(sheet, legend_y + len(lines) * line_px)
+    left = photo.convert("RGB").resize(drawing.image.size, Image.Resampling.LANCZOS)
+    sheet, y = mounted([left, drawing.image], drawing.legend, title=title, room_px=_LINE_PX)
+    _write_confidence_key(sheet, y)
     return sheet
+
+
+def mounted(
+    pictures: Sequence[Image.Image], legend: Sequence[Swatch], *, title: str, room_px: int = 0
+) -> tuple[Image.Image, int]:
+    """Put pictures side by side on a sheet, a title above and a legend below.
+
+    Args:
+        pictures: From left to right; none for a legend alone.
+        legend: What colours stand for.
+        title: One line; cut off where the sheet ends.
+        room_px: Height to leave free below the legend.
+
+    Returns:
+        The sheet, and where that room begins.
+    """
+    width = sum(picture.width for picture in pictures) + _MARGIN_PX * (len(pictures) - 1)
+    inner_px = max(width, _LEGEND_PX)
+    lines = _legend_lines(legend, inner_px)
+    pictures_y = 2 * _MARGIN_PX + _TEXT_PX
+    legend_y = pictures_y + max((p.height for p in pictures), default=0) + _MARGIN_PX
+    end_y = legend_y + len(lines) * _LINE_PX
+    sheet = Image.new("RGB", (inner_px + 2 * _MARGIN_PX, end_y + room_px + 4), _PAPER)
+    pen, font = ImageDraw.Draw(sheet), text_font(_TEXT_PX, bold=True)
+    pen.text(
+        (_MARGIN_PX, _MARGIN_PX), shortened(title, font, float(inner_px)), fill=_INK, font=font
+    )
+    x = _MARGIN_PX
+    for picture in pictures:
+        sheet.paste(picture, (x, pictures_y))
+        x += picture.width + _MARGIN_PX
+    for number, line in enumerate(lines):
+        _write_entries(pen, line, legend_y + number * _LINE_PX)
+    return sheet, end_y
 
 
 # ------------------------------------------------------------------------------------- cells
@@ -363,17 +394,32 @@ def _write_names(
     colours: Mapping[int, Colour],
 ) -> None:
     """Write each coloured class on its largest region, where there is room."""
-    pen = ImageDraw.Draw(picture, "RGBA")
-    font = _font(max(11, round(min(picture.size) / 28)), bold=True)
-    taken: list[tuple[float, float, float, float]] = []
+    names = []
     for class_id, colour in colours.items():
-        region = _largest_region((cells.classes == class_id) & cells.has_evidence)
+        region = largest_region((cells.classes == class_id) & cells.has_evidence)
         if max((cells.confidence[cell] for cell in region), default=0.0) < _NAMED_CONFIDENCE:
             continue
-        row, col = _middle_cell(region)
+        row, col = middle_cell(region)
         x0, y0, x1, y1 = _cell_box(cells, row, col, picture.size)
-        text = _shorten(class_names[class_id], font, picture.width * 0.6)
-        box = _text_box(text, font, ((x0 + x1) / 2, (y0 + y1) / 2), picture.size)
+        names.append((class_names[class_id], colour, ((x0 + x1) / 2, (y0 + y1) / 2)))
+    write_names(picture, names)
+
+
+def write_names(
+    picture: Image.Image, names: Sequence[tuple[str, Colour, tuple[float, float]]]
+) -> None:
+    """Write names on a picture, in place; those that would cover an earlier one are left out.
+
+    Args:
+        picture: Any size.
+        names: Text, colour of its frame, and pixel (x, y) of its middle.
+    """
+    pen = ImageDraw.Draw(picture, "RGBA")
+    font = text_font(max(11, round(min(picture.size) / 28)), bold=True)
+    taken: list[tuple[float, float, float, float]] = []
+    for name, colour, point in names:
+        text = shortened(name, font, picture.width * 0.6)
+        box = _text_box(text, font, point, picture.size)
         if any(_overlap(box, other) for other in taken):
             continue
         taken.append(box)
@@ -382,7 +428,7 @@ def _write_names(
         pen.text(middle, text, fill=(255, 255, 255), font=font, anchor="mm")
 
 
-def _largest_region(mask: Bool[np.ndarray, "rows cols"]) -> list[tuple[int, int]]:
+def largest_region(mask: Bool[np.ndarray, "rows cols"]) -> list[tuple[int, int]]:
     """Find the largest 4-connected set of true cells."""
     left = {(int(row), int(col)) for row, col in np.argwhere(mask)}
     largest: list[tuple[int, int]] = []
@@ -398,7 +444,7 @@ def _largest_region(mask: Bool[np.ndarray, "rows cols"]) -> list[tuple[int, int]
     return sorted(largest)
 
 
-def _middle_cell(region: Sequence[tuple[int, int]]) -> tuple[int, int]:
+def middle_cell(region: Sequence[tuple[int, int]]) -> tuple[int, int]:
     """Find the region's cell nearest to its centre, which a bent region need not contain."""
     row, col = np.mean(region, axis=0)
     return min(region, key=lambda cell: (cell[0] - row) ** 2 + (cell[1] - col) ** 2)
@@ -421,7 +467,8 @@ def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a[0] < b[2] and b[0] < a[2] and a[1] < b[3] and b[1] < a[3]
 
 
-def _shorten(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
+def shortened(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
+    """Cut off what does not fit into a width."""
     if font.getlength(text) <= width_px:
         return text
     while len(text) > 1 and font.getlength(text + "…") > width_px:
@@ -430,7 +477,8 @@ def _shorten(text: str, font: ImageFont.FreeTypeFont, width_px: float) -> str:
 
 
 @lru_cache(maxsize=32)
-def _font(size_px: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+def text_font(size_px: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
+    """Return the font of all texts in pictures."""
     # matplotlib ships this font; Pillow's own has no letters beyond Latin.
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name, size_px)
@@ -439,12 +487,12 @@ def _font(size_px: int, *, bold: bool = False) -> ImageFont.FreeTypeFont:
 # ------------------------------------------------------------------------------------- legend
 
 
-def _entry_width(entry: LegendEntry) -> float:
-    return 20 + _font(_TEXT_PX).getlength(str(entry)) + 18
+def _entry_width(entry: Swatch) -> float:
+    return 20 + text_font(_TEXT_PX).getlength(str(entry)) + 18
 
 
-def _legend_lines(entries: Sequence[LegendEntry], width_px: int) -> list[list[LegendEntry]]:
-    lines: list[list[LegendEntry]] = []
+def _legend_lines(entries: Sequence[Swatch], width_px: int) -> list[list[Swatch]]:
+    lines: list[list[Swatch]] = []
     room = 0.0
     for entry in entries:
         if not lines or _entry_width(entry) > room:
@@ -455,18 +503,18 @@ def _legend_lines(entries: Sequence[LegendEntry], width_px: int) -> list[list[Le
     return lines
 
 
-def _write_entries(pen: ImageDraw.ImageDraw, entries: Sequence[LegendEntry], y: int) -> None:
+def _write_entries(pen: ImageDraw.ImageDraw, entries: Sequence[Swatch], y: int) -> None:
     x = float(_MARGIN_PX)
     for entry in entries:
         pen.rectangle((x, y + 2, x + 13, y + 15), fill=entry.colour)
-        pen.text((x + 20, y), str(entry), fill=_INK, font=_font(_TEXT_PX))
+        pen.text((x + 20, y), str(entry), fill=_INK, font=text_font(_TEXT_PX))
         x += _entry_width(entry)
 
 
 def _write_confidence_key(sheet: Image.Image, y: int) -> None:
     """Show how opaque a cell is at some probabilities."""
     pen = ImageDraw.Draw(sheet, "RGBA")
-    font = _font(_TEXT_PX)
+    font = text_font(_TEXT_PX)
     x = float(_MARGIN_PX)
     text = "Opacity: probability of the cell's class"
     pen.text((x, y), text, fill=_INK, font=font)

@@ -194,7 +194,7 @@ def list_archives(name: str, *, with_classes: bool = False) -> Listing:
         ValueError: If one is damaged, there are no images, or images beside class folders.
     """
     pattern, folder = _split_archive(name)
-    _check_kind(pattern)
+    check_kind(pattern)
     locations = _in_parallel(storage.with_ranges, _expanded(pattern))
     listed = _in_parallel(archives.list_archive, locations)
     if storage.is_pattern(pattern) or _has_class_numbers(listed[0]):
@@ -224,7 +224,8 @@ def _split_archive(name: str) -> tuple[str, str]:
     return match[1], match[2]
 
 
-def _check_kind(pattern: str) -> None:
+def check_kind(pattern: str) -> None:
+    """Raise OSError where there is no such archive, ValueError where it is of no known kind."""
     if storage.is_url(pattern) and pattern.lower().endswith(".zip"):
         raise ValueError(f"{pattern}: zip files are read locally only; download it first")
     if storage.is_url(pattern) or storage.is_pattern(pattern):

@@ -192,7 +192,7 @@ def load_teacher(
     _check_name(name)
     torch_device = resolve_device(device)
     if checkpoint is None:
-        model = _pretrained(name, image_size)
+        model = pretrained_timm(name, image_size)
     else:
         model = load_timm(name, checkpoint=checkpoint, image_size=image_size).model
     return as_teacher(
@@ -221,7 +221,7 @@ def classes_of_teacher(name: str, *, checkpoint: Path | None = None) -> ClassLis
         config, num_classes = _config_of(loaded.model), loaded.num_classes
     if not num_classes:
         raise ValueError(f"teacher {name} has no classifier in timm; choose another weights tag")
-    ids, names = _classes(config, num_classes) or (None, None)
+    ids, names = known_classes(config, num_classes) or (None, None)
     return ClassList(name, num_classes, ids, names)
 
 
@@ -331,7 +331,7 @@ def as_teacher(
     stride = int(model.feature_info[-1]["reduction"])  # pyright: ignore
     size = round_to_stride(image_size or config["input_size"][-1], stride)
     layout, num_classes = _probe(model, name, size, stride, device)
-    class_ids, class_names = _classes(_config_of(model), num_classes) or (None, None)
+    class_ids, class_names = known_classes(_config_of(model), num_classes) or (None, None)
     return Teacher(
         name=name,
         model=model,
@@ -552,7 +552,17 @@ def _check_name(name: str) -> None:
     raise ValueError(f"{what}; {hint} (any timm classifier will do: timm.list_models() lists them)")
 
 
-def _pretrained(name: str, image_size: int | None) -> nn.Module:
+def pretrained_timm(name: str, image_size: int | None) -> nn.Module:
+    """Build a timm model with the weights that timm downloads.
+
+    Args:
+        name: A timm model name, with or without a weights tag.
+        image_size: See create_timm.
+
+    Raises:
+        ValueError: If timm has no weights for it.
+        OSError: If they cannot be downloaded.
+    """
     _logger.info("loading timm's weights of %s (downloaded on first use)", name)
     try:
         return create_timm(name, image_size=image_size, pretrained=True)
@@ -619,7 +629,7 @@ def _load(model: nn.Module, weights: dict[str, Tensor], path: Path) -> None:
         raise ValueError(
             f"checkpoint {path} is not of this architecture: {len(missing)} tensors are missing"
             f"{_listed(missing)}, {len(surplus)} are unknown to it{_listed(surplus)}; "
-            "name the model it was trained as with --teacher"
+            "name the model that it was trained as"
         )
     reshaped = [
         f"{name} is {tuple(value.shape)} instead of {tuple(expected[name].shape)}"
@@ -773,7 +783,9 @@ def _config_of(model: nn.Module) -> Mapping[str, Any]:
     return getattr(model, "pretrained_cfg", {})
 
 
-def _classes(config: Mapping[str, Any], num_classes: int) -> tuple[list[str], list[str]] | None:
+def known_classes(
+    config: Mapping[str, Any], num_classes: int
+) -> tuple[list[str], list[str]] | None:
     """Return ids and display names of the classes, if timm's configuration tells."""
     labels: list[str] = list(config.get("label_names") or ())
     if len(labels) == num_classes:

@@ -3,7 +3,8 @@
 A data set is a folder:
 
     index.json            this file's business; written last
-    train-000000.tar      KEY.jpg, KEY.cls and, in a split with labels, KEY.tlm, sample by sample
+    train-000000.tar      KEY.jpg, KEY.cls and, in a split with labels, KEY.tlm, sample by sample;
+                          in a split for segmentation KEY.jpg and KEY.png
     train-000000.idx      where each of them lies in the tar, for DALI's webdataset reader
     val-000000.tar …
 
@@ -71,6 +72,9 @@ class SplitIndex:
     """Key of each image that was left out → why."""
     repaired: dict[str, int]
     """Why images were encoded anew → how many."""
+    masks: dict[str, Any] | None = None
+    """In a split for segmentation, whose samples have KEY.png in place of a class: "ignore_index"
+    of pixels without a class, and what the masks were made from."""
 
     @property
     def num_bytes(self) -> int:
@@ -185,7 +189,7 @@ def format_index(index: ShardIndex) -> str:
         "num_classes": index.num_classes,
         "class_ids": index.class_ids,
         "class_names": index.class_names,
-        "splits": {name: asdict(split) for name, split in sorted(index.splits.items())},
+        "splits": {name: _split_facts(split) for name, split in sorted(index.splits.items())},
     }
     digest = hashlib.sha256(_to_json(data).encode(errors="surrogatepass")).hexdigest()
     return _to_json(data | {_CHECKSUM: digest}) + "\n"
@@ -240,6 +244,13 @@ def format_idx(rows: Sequence[Iterable[tuple[str, int, int]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _split_facts(split: SplitIndex) -> dict[str, Any]:
+    facts = asdict(split)
+    if split.masks is None:
+        del facts["masks"]  # so that the index of a data set without masks has no word of them
+    return facts
+
+
 def _to_json(value: Any, depth: int = 4, margin: str = "") -> str:
     """Return JSON with a line for each split, shard and image left out, for people and for grep."""
     inner = margin + " "
@@ -289,7 +300,7 @@ def _split(name: str, entry: Any) -> SplitIndex:
     num_samples = _of_type(int, entry["num_samples"])
     if num_samples != sum(shard.samples for shard in shards):
         raise ValueError(f"split {name!r}: num_samples is not the sum over its shards")
-    labels = entry["labels"]
+    labels, masks = entry["labels"], entry.get("masks")
     split = SplitIndex(
         num_samples=num_samples,
         has_labels=_of_type(bool, entry["has_labels"]),
@@ -299,7 +310,10 @@ def _split(name: str, entry: Any) -> SplitIndex:
         num_listed=_of_type(int, entry["num_listed"]),
         quarantined=_dict_of(str, entry["quarantined"]),
         repaired=_dict_of(int, entry["repaired"]),
+        masks=None if masks is None else _of_type(dict, masks),
     )
+    if masks is not None:
+        _of_type(int, masks["ignore_index"])
     _ = split.dictionary  # raises where it is damaged
     return split
 

@@ -8,19 +8,20 @@ import hashlib
 import os
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from tqdm import tqdm
 
 from ..labeler import label_map
 from ..labeler.images import DEFAULT_QUALITY, BadImage, Check, portable_jpeg
 from ..labeler.label_set import LabelSet
+from ..labeler.listing import Classes
 from ..labeler.sources import ImageSource, Sample
 from . import index as index_file
 from .index import PART_SUFFIX, ShardIndex, SplitIndex
@@ -98,7 +99,7 @@ def pack(
     """
     begin = time.monotonic()
     index_file.check_split_name(split)
-    _check_sizes(shard_bytes, shard_size, max_side_px, quality, num_workers)
+    check_sizes(shard_bytes, shard_size, max_side_px, quality, num_workers)
     _check_has_classes(source)
     quarantined: dict[str, str] = {}
     num_unused_labels = 0
@@ -106,57 +107,20 @@ def pack(
         check_label_classes(source.root, source.class_ids, source.class_names, labels)
         keys = [sample.key for sample in source.samples]
         quarantined, num_unused_labels = join(keys, labels, allow_missing)
-    samples = _shuffled((s for s in source.samples if s.key not in quarantined), seed)
-
-    out.mkdir(parents=True, exist_ok=True)
-    with only_writer(out):
-        finish_publishing(out)
-        old = _index_to_extend(source, out, split, overwrite)
-        num_workers = num_workers or len(os.sched_getaffinity(0))
-        repaired: Counter[str] = Counter()
-        with staging(out, split) as staged, at_hand(labels, out) as near:
-            writer = SplitWriter(staged, split, shard_bytes, shard_size)
-            try:
-                with ThreadPoolExecutor(num_workers, thread_name_prefix="pack") as pool:
-                    prepared = map_in_order(
-                        pool,
-                        lambda sample: _prepare(source, near, sample, max_side_px, quality, check),
-                        samples,
-                        ahead=num_workers * _SAMPLES_AHEAD,
-                    )
-                    for sample, item in tqdm(
-                        zip(samples, prepared),
-                        desc=f"pack {split}",
-                        total=len(samples),
-                        disable=None,
-                        unit="img",
-                    ):
-                        if isinstance(item, _Rejected):
-                            quarantined[sample.key] = item.reason
-                            continue
-                        if item.repair is not None:
-                            repaired[item.repair] += 1
-                        writer.add(sample.key, item.fields)
-                shards = writer.close()
-            finally:
-                writer.abandon()
-            if not shards:
-                key, reason = next(iter(quarantined.items()))
-                raise ValueError(
-                    f"none of {len(source.samples)} images can be packed, e.g. {key}: {reason}"
-                )
-            entry = SplitIndex(
-                num_samples=sum(shard.samples for shard in shards),
-                has_labels=labels is not None,
-                seed=seed,
-                shards=shards,
-                labels=None if labels is None else label_facts(labels),
-                num_listed=len(source.samples),
-                quarantined=dict(sorted(quarantined.items())),
-                repaired=dict(sorted(repaired.items())),
-            )
-            new = replace(old, splits=old.splits | {split: entry})
-            publish(new, staged)
+    new = write_split(
+        [sample for sample in source.samples if sample.key not in quarantined],
+        lambda sample, near: _prepare(source, near, sample, max_side_px, quality, check),
+        Classes(source.root, source.class_ids, source.class_names),
+        out,
+        split=split,
+        labels=labels,
+        quarantined=quarantined,
+        seed=seed,
+        num_workers=num_workers,
+        shard_bytes=shard_bytes,
+        shard_size=shard_size,
+        overwrite=overwrite,
+    )
     return PackSummary(
         index=new,
         split=split,
@@ -165,16 +129,123 @@ def pack(
     )
 
 
+@runtime_checkable
+class Keyed(Protocol):
+    """What a sample is made of; nothing is read yet."""
+
+    @property
+    def key(self) -> str:
+        """Unique within the split."""
+        ...
+
+
+_Sample = TypeVar("_Sample", bound=Keyed)
+
+
 @dataclass(frozen=True, slots=True)
-class _Prepared:
+class Prepared:
+    """A sample ready to be written."""
+
     fields: Fields
     repair: str | None
     """Why the image was encoded anew."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Rejected:
+class Rejected:
+    """A sample that is left out."""
+
     reason: str
+
+
+def write_split(
+    samples: Sequence[_Sample],
+    prepare: Callable[[_Sample, LabelSet | None], Prepared | Rejected],
+    classes: Classes,
+    out: Path,
+    *,
+    split: str,
+    labels: LabelSet | None = None,
+    masks: dict[str, Any] | None = None,
+    quarantined: Mapping[str, str],
+    seed: int,
+    num_workers: int | None,
+    shard_bytes: int,
+    shard_size: int | None,
+    overwrite: bool,
+) -> ShardIndex:
+    """Write one split, whatever its samples consist of, and add it to the index of its folder.
+
+    Args:
+        samples: In any order.
+        prepare: Makes the files of a sample, in threads; gets `labels`, close at hand.
+        classes: Of the data set.
+        out: As for `pack`, as is what is not listed here.
+        split: Its name.
+        labels: Label maps by key.
+        masks: What the index is to say about masks, see SplitIndex.
+        quarantined: Key of each image that was left out before → why.
+        seed: Of the shuffle.
+        num_workers: Threads.
+        shard_bytes: Size of a tar.
+        shard_size: Samples of a tar.
+        overwrite: Whether the split may be there.
+
+    Returns:
+        The data set's new index.
+    """
+    ordered = _shuffled(samples, seed)
+    left_out = dict(quarantined)
+    out.mkdir(parents=True, exist_ok=True)
+    with only_writer(out):
+        finish_publishing(out)
+        old = _index_to_extend(classes, out, split, overwrite)
+        num_workers = num_workers or len(os.sched_getaffinity(0))
+        repaired: Counter[str] = Counter()
+        with staging(out, split) as staged, at_hand(labels, out) as near:
+            writer = SplitWriter(staged, split, shard_bytes, shard_size)
+            try:
+                with ThreadPoolExecutor(num_workers, thread_name_prefix="pack") as pool:
+                    prepared = map_in_order(
+                        pool,
+                        lambda sample: prepare(sample, near),
+                        ordered,
+                        ahead=num_workers * _SAMPLES_AHEAD,
+                    )
+                    for sample, item in tqdm(
+                        zip(ordered, prepared),
+                        desc=f"pack {split}",
+                        total=len(ordered),
+                        disable=None,
+                        unit="img",
+                    ):
+                        if isinstance(item, Rejected):
+                            left_out[sample.key] = item.reason
+                            continue
+                        if item.repair is not None:
+                            repaired[item.repair] += 1
+                        writer.add(sample.key, item.fields)
+                shards = writer.close()
+            finally:
+                writer.abandon()
+            num_listed = len(samples) + len(quarantined)
+            if not shards:
+                key, reason = next(iter(left_out.items()))
+                raise ValueError(f"none of {num_listed} images can be packed, e.g. {key}: {reason}")
+            entry = SplitIndex(
+                num_samples=sum(shard.samples for shard in shards),
+                has_labels=labels is not None,
+                seed=seed,
+                shards=shards,
+                labels=None if labels is None else label_facts(labels),
+                num_listed=num_listed,
+                quarantined=dict(sorted(left_out.items())),
+                repaired=dict(sorted(repaired.items())),
+                masks=masks,
+            )
+            new = replace(old, splits=old.splits | {split: entry})
+            publish(new, staged)
+    return new
 
 
 def _prepare(
@@ -184,18 +255,18 @@ def _prepare(
     max_side_px: int | None,
     quality: int,
     check: Check,
-) -> _Prepared | _Rejected:
+) -> Prepared | Rejected:
     try:
         data = source.read(sample)
         jpeg, repair = portable_jpeg(data, max_side_px=max_side_px, quality=quality, check=check)
     except (FileNotFoundError, PermissionError) as error:  # other OSErrors mean storage trouble
-        return _Rejected(f"cannot be read: {error.strerror}")
+        return Rejected(f"cannot be read: {error.strerror}")
     except BadImage as error:
-        return _Rejected(str(error))
+        return Rejected(str(error))
     fields = [("jpg", jpeg), ("cls", str(sample.class_index).encode())]
     if labels is not None:
         fields.append(("tlm", read_label(labels, sample.key)))
-    return _Prepared(fields, repair)
+    return Prepared(fields, repair)
 
 
 _Labels = TypeVar("_Labels", LabelSet, LabelSet | None)
@@ -228,7 +299,7 @@ def read_label(labels: LabelSet, key: str) -> bytes:
     return label
 
 
-def _index_to_extend(source: ImageSource, out: Path, split: str, overwrite: bool) -> ShardIndex:
+def _index_to_extend(classes: Classes, out: Path, split: str, overwrite: bool) -> ShardIndex:
     """Return the index that the split is added to, an empty one in a new folder.
 
     Raises:
@@ -254,21 +325,22 @@ def _index_to_extend(source: ImageSource, out: Path, split: str, overwrite: bool
     if index is None or set(index.splits) == {split}:
         return ShardIndex(
             folder=out,
-            num_classes=source.num_classes,
-            class_ids=source.class_ids,
-            class_names=source.class_names,
+            num_classes=len(classes.ids),
+            class_ids=classes.ids,
+            class_names=classes.names,
         )
-    _check_same_classes(source, index)
+    _check_same_classes(classes, index)
     return index
 
 
-def _check_sizes(
+def check_sizes(
     shard_bytes: int,
     shard_size: int | None,
     max_side_px: int | None,
     quality: int,
     num_workers: int | None,
 ) -> None:
+    """Raise ValueError where an argument of `pack` is out of range."""
     if shard_bytes < MIN_SHARD_BYTES:
         raise ValueError(
             f"shard_bytes is {shard_bytes}, less than most images; allowed from "
@@ -326,22 +398,23 @@ def label_facts(labels: LabelSet) -> dict[str, Any]:
     return {name: value for name, value in labels.index.items() if name not in left_out}
 
 
-def _check_same_classes(source: ImageSource, index: ShardIndex) -> None:
-    if source.class_ids == index.class_ids:
+def _check_same_classes(classes: Classes, index: ShardIndex) -> None:
+    if classes.ids == index.class_ids:
         return
     advice = "give all splits of a data set the same --classes file"
-    if source.num_classes != index.num_classes:
+    if len(classes.ids) != index.num_classes:
         raise ValueError(
-            f"{source.root} has {source.num_classes} classes, the data set {index.folder} has "
+            f"{classes.where} has {len(classes.ids)} classes, the data set {index.folder} has "
             f"{index.num_classes}; {advice}"
         )
-    position, ours, theirs = _first_difference(source.class_ids, index.class_ids)
+    position, ours, theirs = _first_difference(classes.ids, index.class_ids)
     raise ValueError(
-        f"class {position} is {ours!r} in {source.root} and {theirs!r} in {index.folder}; {advice}"
+        f"class {position} is {ours!r} in {classes.where} and {theirs!r} in {index.folder}; "
+        f"{advice}"
     )
 
 
-def _shuffled(samples: Iterable[Sample], seed: int) -> list[Sample]:
+def _shuffled(samples: Iterable[_Sample], seed: int) -> list[_Sample]:
     """Order samples by a hash of seed and key.
 
     Unlike the permutation of a random generator this is the same in every version of every

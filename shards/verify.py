@@ -22,6 +22,7 @@ from .index import (
     format_index,
     read_index,
 )
+from .masks import BadMask, check_classes, read_mask
 
 _CHANGED = "changed after packing: its checksum does not fit"
 
@@ -42,8 +43,8 @@ def verify(folder: Path, *, num_workers: int | None = None) -> list[Problem]:
     """Compare every byte and every count of a data set with its index.
 
     Finds changed bytes in any file, missing and surplus files, wrong counts, an .idx that does
-    not fit its tar, samples with a field too few or too many, classes out of range, label maps
-    that cannot be read, and keys that occur twice in a split.
+    not fit its tar, samples with a field too few or too many, classes out of range (also those of
+    masks), label maps and masks that cannot be read, and keys that occur twice in a split.
 
     Args:
         folder: The data set.
@@ -164,14 +165,26 @@ def _key(name: str) -> str:
 def _sample_problem(fields: list[_Field], split: SplitIndex, num_classes: int) -> str | None:
     extensions = [field.name.rpartition(".")[2] for field in fields]
     expected = ["jpg", "cls", "tlm"] if split.has_labels else ["jpg", "cls"]
+    if split.masks is not None:
+        expected = ["jpg", "png"]
     if extensions != expected:
         return f"has the fields {' '.join(extensions)}, expected {' '.join(expected)}"
+    if split.masks is not None:
+        return _mask_problem(fields[1].data, num_classes, split.masks["ignore_index"])
     digits = fields[1].data
     if not digits.isdigit() or len(digits) > 10 or int(digits) >= num_classes:
         return f"has class {digits[:20]!r}, allowed are 0 to {num_classes - 1}"
     if not split.has_labels:
         return None
     return _label_problem(fields[2].data, num_classes, split.dictionary)
+
+
+def _mask_problem(data: bytes, num_classes: int, ignore_index: int) -> str | None:
+    try:
+        check_classes(read_mask(data), num_classes, ignore_index)
+    except BadMask as error:
+        return f"has a mask that {error}"
+    return None
 
 
 def _label_problem(data: bytes, num_classes: int, dictionary: bytes | None) -> str | None:

@@ -4,12 +4,15 @@ Run as a script it imports the package once and forks for each run, for importin
 the runs do. It has to fork before torch starts any threads, so it computes nothing itself.
 """
 
+import importlib
 import os
 import random
 import resource
+import shutil
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,14 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 from conftest import random_map
+from PIL import Image
 from shard_sets import NUM_CLASSES, make_samples, write_split
 
 from tokenlabel.labeler.geometry import PaletteMaps, crop_view
 from tokenlabel.shards.index import write_index
-from tokenlabel.trainer import loop
+from tokenlabel.trainer import loop, run_log
+from tokenlabel.trainer.data import Data
 from tokenlabel.trainer.distributed import join_processes
 from tokenlabel.trainer.feed import Batch, TrainFeed
-from tokenlabel.trainer.loop import Data
 from tokenlabel.trainer.models.lvvit import PatchEmbed
 from tokenlabel.trainer.recipe import Recipe, parse_recipe
 
@@ -70,9 +74,8 @@ KILLS = {
 USER_ERROR = 2 << 8
 """What waitpid says of a process that ended with status 2."""
 
-PAIR_KILLS = random.Random(4).sample(range(1, 13), 2)
-"""Steps at which a run of two processes is killed, one after the other."""
-
+PAIR_KILLS = list(zip(((0,), (1,), (0, 1)), sorted(random.Random(4).sample(range(1, 13), 3))))
+"""Which of two processes are killed at once, and at which step; one kill after the other."""
 
 PAIR = ("optim.batch_size=8", "run.device_batch_size=2", "schedule.duration=11 steps")
 """The recipe of the runs on two processes; epoch 4 ends with step 12, the run with step 13."""
@@ -172,10 +175,11 @@ def run_on_shards(
     """Train on real shards through DALI; die by SIGKILL when batch `kill_at` is asked for.
 
     With `in_save` die instead when the checkpoint after that batch has been written but not yet
-    renamed. An error of the run is written to OUT.txt. `before_batch` gets the number of batches
-    so far.
+    renamed. What the run says when it fails is written to OUT.txt. `before_batch` gets the number
+    of batches so far.
     """
     torch.set_num_threads(1)
+    without_pictures()
     deliver, rename = TrainFeed.__next__, Path.replace
 
     def deliver_or_die(self: TrainFeed) -> Batch:
@@ -190,7 +194,6 @@ def run_on_shards(
             os.kill(os.getpid(), signal.SIGKILL)
         return rename(self, target)
 
-    loop.write_report = lambda out: out  # tested elsewhere; it would take most of the time
     TrainFeed.__next__ = deliver_or_die
     Path.replace = rename_or_die  # pyright: ignore[reportAttributeAccessIssue]
     recipe = tiny_recipe("evaluation.every=4 steps", *overrides)
@@ -198,13 +201,23 @@ def run_on_shards(
         loop.train(recipe, data=data, out=out, resume=True, device="cpu")
 
 
+def without_pictures() -> None:
+    """Leave out what is tested elsewhere and would take most of the time."""
+    loop.write_report = lambda out: out
+    loop.draw_crops = lambda *_, **options: Image.new("RGB", (8, 8))
+    run_log.draw_curves = lambda *_: None
+
+
 @contextmanager
 def noting_error(out: Path) -> Iterator[None]:
-    """Write a message for users to OUT.txt and end with status 2, as the command does."""
+    """Add all that is said to OUT.txt; end with a line and status 2 where the command does."""
+    text = out.with_suffix(".txt").open("a")
+    os.dup2(text.fileno(), sys.stderr.fileno())
     try:
         yield
     except (OSError, ValueError) as error:
-        out.with_suffix(".txt").write_text(str(error))
+        text.write(f"{error}\n")
+        text.flush()
         os._exit(2)
 
 
@@ -221,15 +234,67 @@ def become(rank: int, world_size: int, port: int) -> None:
     os.environ["MASTER_ADDR"] = "localhost"
 
 
-def run_pair_on_shards(data: Path, out: Path, *, kill_at: int | None = None) -> list[int]:
-    """Train on real shards on two processes, in parts; the first is killed, as in run_on_shards."""
+def fill_disk(out: Path, number: int) -> None:
+    """Let the checkpoint of step 6 be written to a full disk."""
+    if number == 5:
+        (out / "checkpoints" / ".step-6.pt.tmp").symlink_to("/dev/full")
+
+
+def cut_shards_short(data: Path, number: int) -> None:
+    """Before the sixth batch, take away what the run reads, as a failing disk does."""
+    if number == 5:
+        for shard in data.glob("train-*.tar"):
+            os.truncate(shard, 0)
+
+
+def signal_itself(number: int) -> None:
+    """Be told to stop before the eighth batch."""
+    if number == 7:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def pair_on_shards(
+    data: Path, out: Path, *overrides: str, **special: dict[str, Any]
+) -> list[Callable[[], object]]:
+    """Make the jobs of a run on real shards on two processes, in parts.
+
+    `special` has arguments of run_on_shards for the processes rank_0 and rank_1.
+    """
     port = free_port()
 
     def run(rank: int) -> None:
         become(rank, 2, port)
-        run_on_shards(data, out, *PAIR, kill_at=None if rank else kill_at)
+        run_on_shards(data, out, *PAIR, *overrides, **special.get(f"rank_{rank}", {}))
 
-    return in_forks(partial(run, 0), partial(run, 1))
+    return [partial(run, 0), partial(run, 1)]
+
+
+def killed_pair(data: Path, out: Path, ranks: tuple[int, ...], step: int) -> None:
+    """Begin or go on with a run of two processes, of which some are killed at a step."""
+    ends = in_forks(*pair_on_shards(data, out, **{f"rank_{r}": {"kill_at": step} for r in ranks}))
+    # One that is left, perhaps for a moment only, learns of it and ends by itself.
+    assert signal.SIGKILL in ends and set(ends) <= {signal.SIGKILL, USER_ERROR}, ends
+    assert all(ends[rank] == USER_ERROR for rank in {0, 1} - set(ranks)), ends
+
+
+def pair_killed_at_any_moment(data: Path, out: Path, *overrides: str, seed: int) -> int:
+    """Run on two processes to the end, though one or both are killed again and again.
+
+    Returns:
+        How often they were.
+    """
+    chance, num_kills = random.Random(seed), 0
+    while True:
+        children = [fork(job) for job in pair_on_shards(data, out, *overrides)]
+        if num_kills < 12:
+            time.sleep(chance.uniform(0.3, 2.0))
+            for child in chance.choice([children, children[:1], children[1:]]):
+                os.kill(child, signal.SIGKILL)
+        ends = [os.waitpid(child, 0)[1] for child in children]
+        if ends == [0, 0]:
+            return num_kills
+        assert set(ends) <= {0, signal.SIGKILL, USER_ERROR}, ends
+        num_kills += 1
 
 
 def run_with_one_that_hangs(out: Path) -> list[int]:
@@ -241,9 +306,10 @@ def run_with_one_that_hangs(out: Path) -> list[int]:
             os.kill(os.getpid(), signal.SIGSTOP)
 
     def run(rank: int) -> None:
+        without_pictures()
         become(rank, 2, port)
         data = fixed_data([0, 1, 2, 3], stand_still if rank else None)
-        with noting_error(out), join_processes("cpu", timeout=timedelta(seconds=3)) as place:
+        with noting_error(out), join_processes("cpu", timeout=timedelta(seconds=2)) as place:
             loop.fit(tiny_recipe("optim.batch_size=8"), data, out, place)
 
     first, second = fork(partial(run, 0)), fork(partial(run, 1))
@@ -252,8 +318,20 @@ def run_with_one_that_hangs(out: Path) -> list[int]:
     return [*ends, os.waitpid(second, 0)[1]]
 
 
+def spoil_third(batch: Batch, number: int) -> None:
+    """Make an image of the third batch one whose loss is no number."""
+    if number == 3:
+        batch.images[1, :, 5, 5] = torch.nan
+
+
 def run_as(
-    rank: int, world_size: int, port: int, out: Path, *overrides: str, frozen: bool = True
+    rank: int,
+    world_size: int,
+    port: int,
+    out: Path,
+    *overrides: str,
+    frozen: bool = True,
+    spoil: Spoil | None = None,
 ) -> None:
     """Train on the same batches of 8 as one process or as two.
 
@@ -261,6 +339,7 @@ def run_as(
     images.
     """
     torch.set_num_threads(1)
+    without_pictures()
     if frozen:
         PatchEmbed.train = lambda self, mode=True: torch.nn.Module.train(self, False)  # pyright: ignore[reportAttributeAccessIssue]
     become(rank, world_size, port)
@@ -270,7 +349,7 @@ def run_as(
         "optim.batch_size=8", "optim.lr=1e-2", "model.drop_path=0", "optim.clip_grad=0.5",
         *overrides,
     )  # fmt: skip
-    data = fixed_data(rows, num_eval=world_size)
+    data = fixed_data(rows, spoil, num_eval=world_size)
     data = replace(data, eval_batches=list(data.eval_batches or [])[rank : rank + 1])
     with join_processes("cpu") as place:
         loop.fit(recipe, data, out, place)
@@ -286,6 +365,7 @@ def main(folder: Path) -> None:
     """Make the runs that the tests compare, each in its own folder."""
     data = folder / "data"
     write_data(data)
+    importlib.import_module("torch.utils.tensorboard")  # once for all forks
     assert in_forks(partial(run_on_shards, data, folder / "undisturbed")) == [0]
     for name, (step, in_save) in KILLS.items():
         run = partial(run_on_shards, data, folder / name)
@@ -294,12 +374,28 @@ def main(folder: Path) -> None:
     full = partial(run_on_shards, data, folder / "full-disk")
     assert in_forks(partial(full, before_batch=refuse_large_files)) == [USER_ERROR]
     assert in_forks(full) == [0]
-    assert run_pair_on_shards(data, folder / "pair") == [0, 0]
-    for step in PAIR_KILLS:
-        # The other process learns of it and ends by itself.
-        ends = run_pair_on_shards(data, folder / "killed-pair", kill_at=step)
-        assert ends == [signal.SIGKILL, USER_ERROR]
-    assert run_pair_on_shards(data, folder / "killed-pair") == [0, 0]
+    lost = partial(run_on_shards, folder / "lost-data", folder / "lost-shards")
+    shutil.copytree(data, folder / "lost-data")
+    hook = partial(cut_shards_short, folder / "lost-data")
+    assert in_forks(partial(lost, before_batch=hook)) == [USER_ERROR]
+    shutil.copytree(data, folder / "lost-data", dirs_exist_ok=True)
+    assert in_forks(lost) == [0]
+
+    assert in_forks(*pair_on_shards(data, folder / "pair")) == [0, 0]
+    for ranks, step in PAIR_KILLS:
+        killed_pair(data, folder / "killed-pair", ranks, step)
+    assert in_forks(*pair_on_shards(data, folder / "killed-pair")) == [0, 0]
+    out = folder / "pair-on-full-disk"
+    ends = in_forks(
+        *pair_on_shards(data, out, rank_0={"before_batch": partial(fill_disk, out)}),
+    )
+    assert ends == [USER_ERROR, USER_ERROR]
+    assert in_forks(*pair_on_shards(data, out)) == [0, 0]
+    out = folder / "stopped-pair"
+    jobs = pair_on_shards(data, out, rank_1={"before_batch": signal_itself})
+    assert in_forks(*jobs) == [0, 0]
+    shutil.copytree(out, folder / "stopped-and-resumed-pair")
+    assert in_forks(*pair_on_shards(data, folder / "stopped-and-resumed-pair")) == [0, 0]
     assert run_with_one_that_hangs(folder / "hanging") == [USER_ERROR, signal.SIGKILL]
     port = free_port()
     assert in_forks(partial(run_as, 0, 1, port, folder / "one-process")) == [0]
@@ -311,10 +407,25 @@ def main(folder: Path) -> None:
             for rank in range(world_size)
         ]
         assert in_forks(*jobs) == [0] * world_size
+    out = folder / "one-of-two-not-finite"
+    spoils = (None, spoil_third)
+    pair = [partial(run_as, rank, 2, port, out, spoil=spoils[rank]) for rank in (0, 1)]
+    assert in_forks(*pair) == [0, 0]
     out = folder / "two-processes-with-statistics"
     pair = [partial(run_as, rank, 2, port, out, frozen=False) for rank in (0, 1)]
     assert in_forks(*pair) == [0, 0]
 
 
+def main_slow(folder: Path) -> None:
+    """Make a longer run of two processes, undisturbed and killed at any moment."""
+    data = folder / "data"
+    write_data(data)
+    importlib.import_module("torch.utils.tensorboard")
+    longer = ("schedule.duration=60 steps", "evaluation.every=7 steps")
+    assert in_forks(*pair_on_shards(data, folder / "pair", *longer)) == [0, 0]
+    num_kills = pair_killed_at_any_moment(data, folder / "killed-pair", *longer, seed=7)
+    print(f"{num_kills} kills")
+
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    (main_slow if sys.argv[2:] == ["slow"] else main)(Path(sys.argv[1]))

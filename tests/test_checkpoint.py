@@ -16,6 +16,7 @@ from tokenlabel.trainer.checkpoint import (
     load_model,
     load_weights,
     read,
+    read_best,
     read_latest,
     save,
     save_step,
@@ -99,6 +100,38 @@ def test_saving_keeps_the_newest_two_the_last_and_the_best(tmp_path):
     ]  # fmt: skip
     assert read(tmp_path / "last.pt").step == 30
     assert read(tmp_path / "best.pt").step == 4
+
+
+def test_a_full_disk_names_the_checkpoint_and_leaves_the_one_before(tmp_path):
+    save_step(checkpoint_of(new_model(), step=1), tmp_path, is_best=True)
+    (tmp_path / ".step-2.pt.tmp").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device while saving: '.*step-2.pt'"):
+        save_step(checkpoint_of(new_model(), step=2), tmp_path, is_best=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best.pt", "last.pt", "step-1.pt"]
+    assert read_latest(tmp_path)[1].step == 1
+
+
+def test_what_a_kill_leaves_between_the_names_of_a_checkpoint_can_be_gone_on_from(
+    tmp_path, monkeypatch
+):
+    best = {"top1": 1.0, "loss": 1.0, "step": 1, "weights": "raw"}
+    save_step(checkpoint_of(new_model(), step=1, best=best), tmp_path, is_best=True)
+    link, better = checkpoint_module._link, best | {"top1": 2.0, "step": 2}
+
+    def die_before_last(source: Path, path: Path) -> None:
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+        link(source, path)
+
+    monkeypatch.setattr(checkpoint_module, "_link", die_before_last)
+    (tmp_path / ".step-0.pt.tmp").touch()
+    with pytest.raises(KeyboardInterrupt):
+        save_step(checkpoint_of(new_model(), step=2, best=better), tmp_path, is_best=True)
+    monkeypatch.undo()
+    assert read_latest(tmp_path)[1].step == 1
+    assert read_best(tmp_path) == better  # which the run will come to again
+    save_step(checkpoint_of(new_model(), step=2, best=better), tmp_path, is_best=True)
+    assert list(tmp_path.glob(".*")) == []
 
 
 def test_saving_after_going_back_removes_the_checkpoints_of_later_steps(tmp_path):

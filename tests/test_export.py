@@ -32,7 +32,7 @@ SMALL = LVVIT + "kwargs = { embed_dim = 16, depth = 1, num_heads = 2, stem_width
 def _fast(monkeypatch):
     """One thread, as the tensors are tiny; no pictures, as they would take most of the time."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, path: None)
+    monkeypatch.setattr(run_log, "draw_curves", lambda *_: None)
 
 
 def checkpoint(folder: Path, text: str) -> Path:

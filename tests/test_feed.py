@@ -17,8 +17,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn
-from nvidia.dali.pipeline import Pipeline
 from PIL import Image
 from shard_sets import NUM_CLASSES, jpeg, make_samples, noise, painted, write_split
 from timm.data.random_erasing import RandomErasing
@@ -41,6 +39,7 @@ from tokenlabel.trainer.augment_draws import (
     draw_erased,
 )
 from tokenlabel.trainer.feed import Batch, EvalFeed, TrainFeed
+from tokenlabel.trainer.rand_augment import apply_layers
 from tokenlabel.trainer.recipe import AugmentConfig
 
 PLAIN = AugmentConfig(
@@ -249,6 +248,63 @@ def test_rand_augment_moves_pixels_view_and_labels_together(tmp_path, train_feed
     assert float((distance / token).mean()) < 0.05
 
 
+def with_light(place: tuple[float, float], rows: int, cols: int) -> np.ndarray:
+    """A black image with a small light whose centre is (x, y) in image fractions."""
+    y, x = np.mgrid[:rows, :cols] + 0.5
+    squares = (x - place[0] * cols) ** 2 + (y - place[1] * rows) ** 2
+    light = np.rint(255 * np.exp(-squares / (2 * 3.0**2))).astype(np.uint8)
+    return np.repeat(light[..., None], 3, 2)
+
+
+def test_a_light_is_where_crop_flip_resize_and_all_layers_have_moved_it(
+    tmp_path, train_feed, monkeypatch
+):
+    geometric_only(monkeypatch)
+    rows, cols = 110, 140
+    places = {f"{i}": (0.35 + 0.06 * i, 0.6 - 0.04 * i) for i in range(6)}
+    lights = {key: with_light(place, rows, cols) for key, place in places.items()}
+    samples = [
+        {f"{key}.jpg": jpeg(light, quality=100), f"{key}.cls": b"0"}
+        for key, light in lights.items()
+    ]
+    augment = replace(
+        PLAIN,
+        auto_augment="rand-n3-m5-mstd2-p1",
+        hflip=0.5,
+        scale=(0.5, 1.0),
+        interpolation="random",
+    )
+    feed = train_feed(
+        write_split(tmp_path, samples),
+        image_size=(100, 90),
+        batch_size=90,
+        augment=augment,
+        with_labels=False,
+    )
+    batch = next(feed)
+    layers = feed._choose._draw(0).layers
+    assert layers is not None
+    seen: set[int] = set()
+    num_seen, worst_px = 0, 0.0
+    for i, key in enumerate(batch.keys):
+        found = batch.images[i, 0].double()
+        found = torch.where(found > 4 / 255, found, 0)  # not what JPEG adds
+        # The crop shows all of the light, unless some has been moved out; layers cut off fractions.
+        share = float(batch.views[i, :, :2].det().abs()) * rows * cols / (100 * 90)
+        if float(found.sum()) * share < 0.94 * lights[key][..., 0].sum() / 255:
+            continue
+        v, u = ((torch.arange(side).double() + 0.5) / side for side in found.shape)
+        centre = torch.stack([found.sum(0) @ u, found.sum(1) @ v]) / found.sum()
+        in_image = apply_view(batch.views[i : i + 1].double(), centre[None])[0, 0]
+        error_px = (in_image - torch.tensor(places[key])) * torch.tensor([cols, rows])
+        worst_px = max(worst_px, float(error_px.abs().max()))
+        seen |= set(layers.operations[:, i].tolist()) - {Operation.NONE}
+        num_seen += 1
+    assert worst_px < 0.5
+    assert num_seen > 80
+    assert len(seen) == 5  # all that move anything
+
+
 def test_a_sample_is_augmented_alike_by_any_number_of_processes(data, train_feed):
     augment = AugmentConfig(auto_augment=RAND_AUGMENT, random_erasing=1.0)
     draws = {}
@@ -258,7 +314,7 @@ def test_a_sample_is_augmented_alike_by_any_number_of_processes(data, train_feed
         draws[world_size] = [[feed._choose._draw(num) for feed in feeds] for num in (0, 5)]
     for several in (2, 4):
         for (whole,), parts in zip(draws[1], draws[several]):
-            for name in ("flips", "interpolations", "erased", "noise_seeds"):
+            for name in ("flips", "cubic", "erased", "noise_seeds"):
                 found = np.concatenate([getattr(part, name) for part in parts])
                 assert np.array_equal(found, getattr(whole, name))
             for name in ("operations", "amounts", "cubic"):
@@ -279,8 +335,9 @@ def test_torch_takes_one_core_in_the_feeds_thread_and_what_it_took_elsewhere(dat
 # ---------------------------------------------------------------------------------- crops
 
 
-def test_crops_are_distributed_as_torchvisions(tmp_path, train_feed):
-    height, width = 60, 90
+@pytest.mark.parametrize("image_hw", [(120, 180), (128, 128), (180, 90)])
+def test_crops_are_distributed_as_torchvisions(tmp_path, train_feed, image_hw):
+    height, width = image_hw
     samples = [{"a.jpg": jpeg(painted(height, width)), "a.cls": b"0"}]
     index = write_split(tmp_path, samples)
     feed = train_feed(
@@ -318,6 +375,14 @@ def test_crops_are_distributed_as_torchvisions(tmp_path, train_feed):
         # Both round sides to whole pixels, each in its own way: 0.003 for that.
         assert float(found.mean()) == pytest.approx(float(expected.mean()), abs=4 * error + 0.003)
         assert float(found.std()) == pytest.approx(float(expected.std()), rel=0.06)
+    # Large crops lie near the middle, in both alike: area against distance from it.
+    for axis in (2, 3):
+        correlations = [
+            float(torch.corrcoef(torch.stack([crops[0], (crops[axis] - 0.5).abs()]))[0, 1])
+            for crops in (ours, theirs)
+        ]
+        assert correlations[0] < -0.2
+        assert correlations[0] == pytest.approx(correlations[1], abs=0.06)
 
 
 # ------------------------------------------------------------------------ colour, erasing
@@ -325,35 +390,24 @@ def test_crops_are_distributed_as_torchvisions(tmp_path, train_feed):
 
 def test_color_jitter_is_torchvisions_in_every_order():
     rng = np.random.default_rng(0)
-    images = [noise(rng, 60, 80) for _ in range(24)]
+    images = [noise(rng, 30, 40) for _ in range(24)]
     numbers = np.random.default_rng(1).random((len(images), COLOR_NUMBERS))
-    brightness, contrast, saturation = draw_colors(numbers, 0.4)
-
-    with Pipeline(batch_size=len(images), num_threads=1, device_id=None) as pipeline:
-        pixels = fn.external_source(lambda i: images, layout="HWC")
-        arrays = [saturation, *brightness.T.copy(), *contrast.T.copy()]
-        matrices, *steps = fn.external_source(lambda i: arrays, num_outputs=9)
-        pipeline.set_outputs(feed_module._jitter(pixels, matrices, steps[:4], steps[4:]))
-    outputs: Any = pipeline.run()[0]
-    orders = set()
+    layers = draw_colors(numbers, 0.4)
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    apply_layers(pixels, layers, fill=(0, 0, 0))
+    functions: dict[int, Any] = {
+        Operation.BRIGHTNESS: vision.adjust_brightness,
+        Operation.CONTRAST: vision.adjust_contrast,
+        Operation.COLOR: vision.adjust_saturation,
+    }
     for i, image in enumerate(images):
-        # The colour matrix is f·I + (1 - f)·luma, so its trace is 2·f + 1.
-        amount = (saturation[i].trace() - 1) / 2
-        order: list[tuple[Any, float, Any]] = [(vision.adjust_saturation, 1.5, amount)]
-        for function, factors in (
-            (vision.adjust_brightness, brightness[i]),
-            (vision.adjust_contrast, contrast[i]),
-        ):
-            (place,) = np.flatnonzero(factors != 1)
-            order.append((function, float(place), factors[place]))
         expected: Any = Image.fromarray(image)
-        for function, _, factor in sorted(order, key=lambda step: step[1]):
-            expected = function(expected, float(factor))
-        orders.add(tuple(np.argsort([place for _, place, _ in order])))
-        difference = np.abs(outputs.at(i).astype(int) - np.asarray(expected).astype(int))
-        assert difference.max() <= 4  # PIL cuts off what DALI rounds, three times over
-        assert difference.mean() < 2
+        for operation, factor in zip(layers.operations[:, i], layers.amounts[:, i]):
+            expected = functions[operation](expected, float(factor))
+        np.testing.assert_array_equal(pixels[i].permute(1, 2, 0).numpy(), np.asarray(expected))
+    orders = {tuple(order) for order in layers.operations.T}
     assert len(orders) == 6
+    assert 0.6 <= layers.amounts.min() < 0.7 and 1.3 < layers.amounts.max() <= 1.4
 
 
 def test_random_erasing_draws_timms_rectangles():
@@ -441,6 +495,75 @@ def test_ranks_augment_differently(tmp_path, train_feed):
     assert not torch.isclose(views[0], views[1]).flatten(1).all(1).any()
 
 
+# ------------------------------------------------------------------- repeated augmentation
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_each_image_comes_repeats_times_in_a_batch_and_in_a_pass(data, train_feed, world_size):
+    num_passes, total, repeats = 2, data.splits["train"].num_samples, 3
+    augment = replace(AugmentConfig(auto_augment=RAND_AUGMENT), repeats=repeats)
+    passes: list[Counter[str]] = [Counter() for _ in range(num_passes)]
+    for rank in range(world_size):
+        feed = train_feed(
+            data, rank=rank, world_size=world_size, batch_size=2 * repeats, augment=augment
+        )
+        share = total * (rank + 1) // world_size - total * rank // world_size
+        read = []
+        for batch in islice(feed, -(-share * num_passes // 2)):
+            assert batch.keys == batch.keys[:2] * repeats
+            read += batch.keys[:2]
+            for i in range(2):
+                views = {tuple(view.flatten().tolist()) for view in batch.views[i::2]}
+                assert len(views) == repeats
+                assert len(set(batch.classes[i::2].tolist())) == 1
+                assert int(batch.classes[i]) == int(batch.keys[i][-2:])
+        for i in range(num_passes):
+            for key in read[i * share : (i + 1) * share]:
+                passes[i][key] += repeats
+    for counts in passes:
+        assert counts == {f"folder/sample{i:02d}": repeats for i in range(total)}
+
+
+def test_repeated_crops_have_the_views_of_their_pixels_and_the_labels_of_their_image(
+    tmp_path, train_feed
+):
+    image_hw = (32, 40)
+    samples = make_samples(["0", "1", "2"])
+    for i, sample in enumerate(samples):
+        sample[f"{i}.jpg"] = jpeg(painted(*image_hw), quality=100)
+    augment = replace(PLAIN, hflip=0.5, repeats=4)
+    batch = next(train_feed(write_split(tmp_path, samples), batch_size=12, augment=augment))
+    assert misplacement_px(batch, image_hw) < 0.5
+    flipped = (batch.views[:, 0, 0] < 0).unflatten(0, (4, 3))
+    assert bool((flipped.any(0) & ~flipped.all(0)).any())
+    assert batch.maps is not None
+    for i, key in enumerate(batch.keys):
+        (label_map,) = decode(samples[int(key)][f"{key}.tlm"])
+        assert torch.equal(batch.maps.scores[i, 0], torch.from_numpy(label_map.scores))
+        assert int(batch.classes[i]) == int(key)
+
+
+def test_repeats_that_do_not_divide_the_batch_leave_one_crop_out_for_the_last_images(
+    data, train_feed
+):
+    augment = replace(PLAIN, repeats=3)
+    batch = next(train_feed(data, batch_size=7, augment=augment))
+    assert len(batch.keys) == len(batch.images) == len(batch.views) == len(batch.classes) == 7
+    assert batch.maps is not None and len(batch.maps.palette) == 7
+    counts = Counter(batch.keys)
+    assert [counts[key] for key in batch.keys[:3]] == [3, 2, 2]
+
+
+def test_impossible_and_changed_repeats_are_refused(data, train_feed):
+    with pytest.raises(ValueError, match="augment.repeats = 5: a process has only 4 images in"):
+        train_feed(data, augment=replace(PLAIN, repeats=5))
+    with pytest.raises(ValueError, match="augment.repeats = 0; allowed: >= 1"):
+        replace(PLAIN, repeats=0)
+    state = train_feed(data, augment=PLAIN).state()
+    with pytest.raises(ValueError, match="saved with repeats = 1, now it is 2"):
+        train_feed(data, augment=replace(PLAIN, repeats=2), state=state)
+
+
 # --------------------------------------------------------------------- classes, maps, keys
 
 
@@ -470,8 +593,10 @@ def test_without_labels_maps_are_not_read(data, train_feed):
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_a_resumed_feed_gives_the_same_bits(data, train_feed, world_size):
-    # A pass is 5.75 batches on one rank and 2.75 or 3 on two: 5 → 6 and 2 → 3 straddle its end.
-    augment = AugmentConfig(auto_augment=RAND_AUGMENT) if world_size == 2 else AugmentConfig()
+    # A pass is 5.75 batches on one rank, 6 on the second of two: 5 → 6 straddles its end.
+    augment = AugmentConfig()
+    if world_size == 2:
+        augment = AugmentConfig(auto_augment=RAND_AUGMENT, repeats=2)
     options = {"rank": world_size - 1, "world_size": world_size, "seed": 5, "augment": augment}
     feed = train_feed(data, **options)
     states, batches = [feed.state()], []

@@ -6,33 +6,41 @@ import json
 import logging
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from loop_runs import KILLS, PAIR, fixed_data, tiny_recipe, write_data
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from tokenlabel.cli import train as tl_train
 from tokenlabel.trainer import loop, run_log
 from tokenlabel.trainer.checkpoint import Checkpoint, load_model, read
+from tokenlabel.trainer.dashboards import TensorBoard
+from tokenlabel.trainer.data import open_data
 from tokenlabel.trainer.distributed import Place, join_processes
 from tokenlabel.trainer.evaluate import evaluate
 from tokenlabel.trainer.feed import Batch, TrainFeed
-from tokenlabel.trainer.loop import Outcome, fit, open_data, train
+from tokenlabel.trainer.loop import Outcome, fit, train
 from tokenlabel.trainer.models import create_model
 from tokenlabel.trainer.optim import Ema, make_optimizer, skip_if
-from tokenlabel.trainer.recipe import EmaConfig, OptimConfig, parse_recipe
+from tokenlabel.trainer.recipe import Duration, EmaConfig, OptimConfig, parse_recipe
+from tokenlabel.trainer.resume import ends_epoch, is_due
 from tokenlabel.trainer.run_log import RunLog, read_metrics
-from tokenlabel.trainer.watch import DivergedError
+from tokenlabel.trainer.watch import DivergedError, clock, in_short
 
-DRAW = run_log.draw_curves
+DRAW, DRAW_CROPS = run_log.draw_curves, loop.draw_crops
 HERE = Place(device=torch.device("cpu"))
 
 
@@ -40,7 +48,8 @@ HERE = Place(device=torch.device("cpu"))
 def _fast(monkeypatch):
     """One thread, as the tensors are tiny; no pictures, as they would take most of the time."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, path: None)
+    monkeypatch.setattr(run_log, "draw_curves", lambda *_: None)
+    monkeypatch.setattr(loop, "draw_crops", lambda *_, **options: Image.new("RGB", (8, 8)))
 
 
 def run(out: Path, *overrides: str, spoil=None, num_eval: int = 0, **options) -> Outcome:
@@ -76,16 +85,21 @@ def differing(one: Checkpoint, other: Checkpoint) -> list[str]:
 def runs(tmp_path_factory) -> Path:
     """The runs of loop_runs.py: killed and resumed ones, and one on two processes."""
     folder = tmp_path_factory.mktemp("runs")
+    run_script(folder)
+    return folder
+
+
+def run_script(folder: Path, *arguments: str) -> str:
     script = Path(__file__).with_name("loop_runs.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder)],
+        [sys.executable, str(script), str(folder), *arguments],
         cwd=folder,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    return folder
+    return done.stdout
 
 
 @pytest.fixture(scope="module")
@@ -113,22 +127,60 @@ def test_a_killed_run_logs_every_step_once_with_the_same_numbers(runs, name):
     assert [line["step"] for line in lines(runs / name, "train")] == list(range(1, 15))
 
 
-def test_two_processes_killed_at_random_steps_and_resumed_end_in_the_same_bits(runs):
-    undisturbed, resumed = last(runs / "pair"), last(runs / "killed-pair")
-    assert undisturbed.step == resumed.step == 13
-    assert differing(undisturbed, resumed) == []
-    assert undisturbed.feed == resumed.feed
-    assert len(undisturbed.feed) == 2
-    records = [list(map(without_timing, read_metrics(runs / n))) for n in ("pair", "killed-pair")]
+@pytest.mark.parametrize(
+    "name",
+    [
+        "killed-pair",  # at random steps: the one, the other, both
+        "stopped-and-resumed-pair",
+        "pair-on-full-disk",
+    ],
+)
+def test_two_processes_that_are_disturbed_and_resumed_end_in_the_same_bits(runs, name):
+    assert_same_runs(runs / "pair", runs / name, num_processes=2, num_steps=13)
+
+
+def assert_same_runs(one: Path, other: Path, *, num_processes: int, num_steps: int) -> None:
+    a, b = last(one), last(other)
+    assert a.step == b.step == num_steps
+    assert differing(a, b) == []
+    assert (a.feed, a.best, a.metrics) == (b.feed, b.best, b.metrics)
+    assert len(a.feed) == num_processes
+    assert differing(*(read(folder / "checkpoints" / "best.pt") for folder in (one, other))) == []
+    records = [list(map(without_timing, read_metrics(folder))) for folder in (one, other)]
     assert records[0] == records[1]
 
 
-def test_a_process_whose_peer_has_died_or_hangs_says_so_and_stops(runs):
-    for name in ("killed-pair", "hanging"):
-        message = (runs / f"{name}.txt").read_text()
-        assert "another one has died or not answered for" in message
-        assert "--resume" in message
-        assert "\n" not in message
+@pytest.mark.slow
+def test_two_processes_killed_again_and_again_at_any_moment_end_in_the_same_bits(tmp_path):
+    said = run_script(tmp_path, "slow")
+    assert int(said.split()[0]) >= 5
+    assert_same_runs(tmp_path / "pair", tmp_path / "killed-pair", num_processes=2, num_steps=62)
+
+
+def test_a_process_whose_peer_has_died_or_hangs_says_so_in_one_line_and_stops(runs):
+    died, hangs = ((runs / f"{name}.txt").read_text() for name in ("killed-pair", "hanging"))
+    for line in (*died.splitlines(), hangs):
+        assert "another one has died or not answered for" in line
+        assert line.rstrip().endswith("with --resume")
+    assert "not answered for 2 s" in hangs
+    assert hangs.count("\n") == 1
+
+
+def test_a_signal_to_one_of_two_processes_stops_both_at_the_same_step(runs):
+    stopped = last(runs / "stopped-pair")
+    assert (stopped.step, stopped.world_size) == (8, 2)
+    assert "told to stop: saving at step 8 of 13" in (runs / "stopped-pair.txt").read_text()
+
+
+def test_an_image_that_is_not_finite_on_one_of_two_processes_skips_the_step_on_both(runs):
+    folder = runs / "one-of-two-not-finite"
+    (skipped,) = lines(folder, "skipped")
+    assert skipped["step"] == 3
+    assert sorted(skipped["keys"]) == [f"image 2.{i}" for i in range(8)]
+    found = last(folder)
+    assert (found.step, found.num_skipped) == (14, 1)
+    for weights in (found.model, found.ema or {}):
+        assert all(value.isfinite().all() for value in weights.values())
 
 
 def test_a_full_disk_stops_with_what_is_saved_and_the_run_goes_on_from_there(runs):
@@ -136,6 +188,24 @@ def test_a_full_disk_stops_with_what_is_saved_and_the_run_goes_on_from_there(run
     assert "File too large" in message  # what this test's limit says instead of No space left
     assert "stopped at step 6 and is saved up to step 4: --resume goes on from there" in message
     assert differing(last(runs / "undisturbed"), last(runs / "full-disk")) == []
+
+
+def test_a_full_disk_stops_both_of_two_processes_with_a_line_of_each(runs):
+    own, other = (runs / "pair-on-full-disk.txt").read_text().splitlines()
+    assert own.startswith("[Errno 28] No space left on device while saving: ")
+    assert "step-6.pt'. The run stopped at step 6 and is saved up to step 4: --resume" in own
+    assert "process 1 stops: another one has died" in other
+
+
+def test_shards_cut_short_under_a_run_stop_it_in_one_line_instead_of_a_bus_error(runs):
+    (line,) = (runs / "lost-shards.txt").read_text().splitlines()
+    assert f"a shard of {runs / 'lost-data'} was cut short" in line
+    assert "The run stopped at step 5 and is saved up to step 4: --resume goes on" in line
+    assert differing(last(runs / "undisturbed"), last(runs / "lost-shards")) == []
+
+
+def test_killed_and_failed_runs_leave_no_temporary_files(runs):
+    assert [path for path in runs.rglob("*.tmp") if path.parent.parent.parent == runs] == []
 
 
 def test_a_lost_shard_stops_with_what_is_saved_and_the_run_goes_on_once_it_is_back(
@@ -297,6 +367,46 @@ def test_another_number_of_processes_goes_on_at_the_last_whole_epoch_and_says_so
     assert [line["step"] for line in lines(tmp_path, "train")] == list(range(1, 15))
 
 
+def test_what_is_due_each_epoch_stays_at_the_ends_of_epochs_for_a_whole_run():
+    steps_per_epoch = 1281167 / 1024
+    every = Duration.parse("1 epochs")
+    due = [step for step in range(20_100) if is_due(every, step, steps_per_epoch)]
+    assert due == [round(epoch * steps_per_epoch) for epoch in range(1, 17)]
+    assert due[-1] != 16 * due[0]
+    assert all(ends_epoch(step, steps_per_epoch) for step in due)
+    every = Duration.parse("50 steps")
+    assert [step for step in range(201) if is_due(every, step, 7.3)] == [50, 100, 150, 200]
+    assert is_due(Duration.parse("0.01 epochs"), 1, 2.5)  # at least a step
+
+
+def test_an_evaluation_that_a_stop_has_left_out_is_made_up_for(tmp_path):
+    def terminate(batch: Batch, number: int) -> None:
+        if number == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    every = "evaluation.every=6 steps"
+    assert run(tmp_path / "run", every, spoil=terminate, num_eval=1).step == 6
+    assert lines(tmp_path / "run", "eval") == []
+    run(tmp_path / "run", every, num_eval=1, resume=True)
+    run(tmp_path / "undisturbed", every, num_eval=1)
+    assert_same_runs(tmp_path / "undisturbed", tmp_path / "run", num_processes=1, num_steps=14)
+
+
+def test_a_torn_best_checkpoint_makes_the_next_evaluation_the_best(tmp_path, caplog):
+    every = "evaluation.every=4 steps"
+    run(tmp_path, every, "run.checkpoint_every=5 steps", num_eval=1)
+    folder = tmp_path / "checkpoints"
+    shutil.copyfile(folder / "step-12.pt", folder / "copy")
+    for path in folder.glob("*.pt"):
+        path.unlink()
+    (folder / "copy").rename(folder / "last.pt")
+    (folder / "best.pt").write_bytes(b"torn")
+    outcome = run(tmp_path, every, "run.checkpoint_every=5 steps", num_eval=1, resume=True)
+    assert "the next evaluation counts as the best" in caplog.text
+    assert outcome.best is not None
+    assert outcome.best["step"] == 14 == read(folder / "best.pt").step
+
+
 def test_another_number_of_processes_is_refused_where_no_epoch_was_saved(tmp_path):
     run(tmp_path)
     for path in (tmp_path / "checkpoints").glob("*.pt"):
@@ -305,16 +415,33 @@ def test_another_number_of_processes_is_refused_where_no_epoch_was_saved(tmp_pat
         run(tmp_path, resume=True)
 
 
-def test_a_run_of_two_processes_goes_on_alone_with_other_draws(runs, caplog):
+def test_a_run_of_two_processes_goes_on_alone_from_its_last_epoch_with_other_draws(
+    runs, caplog, monkeypatch
+):
     folder = runs / "alone"
-    shutil.copytree(runs / "pair", folder)
+    shutil.copytree(runs / "stopped-pair", folder)
+    seen: list[str] = []
+    deliver = TrainFeed.__next__
+
+    def deliver_and_note(self: TrainFeed) -> Batch:
+        batch = deliver(self)
+        seen.extend(batch.keys)
+        return batch
+
+    monkeypatch.setattr(loop, "write_report", lambda out: out)
+    monkeypatch.setattr(TrainFeed, "__next__", deliver_and_note)
     recipe = tiny_recipe("evaluation.every=4 steps", *PAIR)
     for attempt in ("from the end of an epoch", "from a checkpoint of its own"):
         train(recipe, data=runs / "data", out=folder, resume=True, device="cpu")
         feed, first = last(folder).feed[0], last(runs / "pair").feed[0]
-        assert (feed["world_size"], feed["batch_size"], feed["num_batches"]) == (1, 8, 1), attempt
+        assert (feed["world_size"], feed["batch_size"], feed["num_batches"]) == (1, 8, 7), attempt
         assert feed["seed"] != first["seed"]
-    assert caplog.text.count("goes on with 1: from the end of epoch 4, step 12") == 1
+    assert "step 8, in the middle of an epoch" in caplog.text
+    assert caplog.text.count("goes on with 1: from the end of epoch 2, step 6") == 1
+    assert len(seen) == 7 * 8
+    assert len(set(seen[:23])) == 23  # a pass begins anew, and has each image once
+    rates = [[(x["step"], x["lr"]) for x in lines(f, "train")] for f in (folder, runs / "pair")]
+    assert rates[0] == rates[1]
 
 
 # -------------------------------------------------------------------------- many processes
@@ -396,13 +523,170 @@ def test_tensorboard_holds_the_numbers_of_the_metrics_file(tmp_path):
     assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in expected])
 
 
-def test_tensorboard_shows_crops_and_targets_at_the_start_and_after_each_epoch(tmp_path):
+def test_tensorboard_shows_crops_and_targets_at_the_start_and_after_each_epoch(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(loop, "draw_crops", DRAW_CROPS)
     run(tmp_path)
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
     sheets = events.Images("crops")
     assert [sheet.step for sheet in sheets] == [1, 5, 10]  # an epoch is 5 steps
     assert min(sheets[0].width, sheets[0].height) > 600
+
+
+def test_tensorboard_shows_each_step_of_a_killed_run_once(runs):
+    events = EventAccumulator(str(runs / "in-a-later-pass" / "tensorboard"))
+    events.Reload()
+    scalars = events.Scalars("train/loss")
+    expected = lines(runs / "undisturbed", "train")
+    assert [event.step for event in scalars] == [line["step"] for line in expected]
+    assert [event.value for event in scalars] == pytest.approx([line["loss"] for line in expected])
+
+
+def test_a_full_disk_under_tensorboard_is_an_error_of_the_run_without_a_traceback(
+    tmp_path, monkeypatch
+):
+    printed: list[Any] = []
+    monkeypatch.setattr(threading, "excepthook", printed.append)
+    noise = Image.effect_noise((80, 80), 100)
+    _, hard = before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            with RunLog(tmp_path, dashboards=[TensorBoard(tmp_path / "tensorboard")]) as records:
+                for step in range(20):
+                    records.show("crops", step, noise)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert printed == []
+    assert threading.excepthook == printed.append
+
+
+def test_the_progress_line_has_loss_rate_speed_wait_and_memory():
+    values = {"loss": 6.9077, "lr": 1.6e-3, "images_per_sec": 1234.5, "data_wait": 0.034}
+    assert in_short(values) == "loss 6.908, lr 0.0016, 1234 images/s, data wait 3%"
+    assert in_short(values | {"gpu_memory_gb": 31.46}).endswith("data wait 3%, 31.5 GB")
+    assert clock(93_784.4) == "26:03:04"
+
+
+class FakeWandb(ModuleType):
+    """What the wandb package does, written down instead of sent."""
+
+    class Error(Exception):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__("wandb")
+        self.begun: list[dict[str, Any]] = []
+        self.logged: list[dict[str, Any]] = []
+        self.axes: list[tuple[str, str | None]] = []
+        self.exit_codes: list[int] = []
+        self.problem: str | None = None
+
+    def init(self, **options: Any) -> "FakeWandb":
+        if self.problem:
+            raise self.Error(self.problem)
+        (Path(options["dir"]) / "wandb").mkdir(exist_ok=True)
+        self.begun.append(options)
+        return self
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes.append((name, step_metric))
+
+    def log(self, values: dict[str, Any]) -> None:
+        self.logged.append(values)
+
+    def finish(self, exit_code: int) -> None:
+        self.exit_codes.append(exit_code)
+
+    def Image(self, picture: Image.Image) -> tuple[int, int]:  # noqa: N802 (wandb's name)
+        return picture.size
+
+
+@pytest.fixture
+def fake_wandb(monkeypatch) -> FakeWandb:
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    return fake
+
+
+def test_wandb_is_given_what_tensorboard_shows(tmp_path, fake_wandb):
+    run(tmp_path, "evaluation.every=6 steps", num_eval=1, wandb="photos")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = {
+        (name, event.step): event.value
+        for name in events.Tags()["scalars"]
+        for event in events.Scalars(name)
+    }
+    pictures = {("crops", event.step) for event in events.Images("crops")}
+    logged = {
+        (name, values["step"]): value
+        for values in fake_wandb.logged
+        for name, value in values.items()
+        if name != "step"
+    }
+    assert logged.keys() == shown.keys() | pictures
+    assert all(logged[place] == pytest.approx(value) for place, value in shown.items())
+    assert fake_wandb.axes[-1] == ("*", "step")
+    assert fake_wandb.begun[0]["project"] == "photos"
+    assert fake_wandb.begun[0]["config"]["model"]["name"] == "lvvit_t"
+    assert fake_wandb.exit_codes == [0]
+
+
+def test_resuming_goes_on_with_the_same_run_of_wandb_and_a_new_run_gets_another(
+    tmp_path, fake_wandb
+):
+    short = "schedule.duration=2 steps"
+    run(tmp_path, short, wandb="photos")
+    run(tmp_path, short, wandb="photos", resume=True)
+    run(tmp_path, short, wandb="photos", overwrite=True)
+    first, second, third = (begun["id"] for begun in fake_wandb.begun)
+    assert first == second != third
+    assert {begun["resume"] for begun in fake_wandb.begun} == {"allow"}
+
+
+def test_wandb_learns_that_a_run_has_failed(tmp_path, fake_wandb):
+    with pytest.raises(DivergedError):
+        run(tmp_path, "schedule.duration=30 steps", spoil=poison(*range(60)), wandb="photos")
+    assert fake_wandb.exit_codes == [1]
+
+
+def test_wandb_that_cannot_begin_is_one_clear_error(tmp_path, fake_wandb):
+    fake_wandb.problem = "no API key configured"
+    with pytest.raises(ValueError, match="--wandb cannot begin: no API key .*WANDB_MODE=offline"):
+        run(tmp_path, wandb="photos")
+
+
+@pytest.mark.parametrize("option", [["--wandb"], ["--wandb", "photos"]])
+def test_without_the_package_wandb_the_command_says_how_to_get_it(
+    tmp_path, monkeypatch, shards, option
+):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    arguments = ["run", "--recipe", "demo", "--data", str(shards), "--out", str(tmp_path / "run")]
+    done = CliRunner().invoke(tl_train, [*arguments, *option])
+    assert done.exit_code == 2
+    assert done.stderr.splitlines()[-1] == (
+        "train run: --wandb needs the package wandb, which is not installed: "
+        "pip install 'tokenlabel[wandb]'"
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_passes_on_project_and_patience(tmp_path, monkeypatch, shards):
+    asked: list[dict[str, Any]] = []
+
+    def note(recipe: Any, **options: Any) -> Outcome:
+        asked.append(options)
+        return Outcome(step=0, total_steps=1, metrics={}, best=None, is_main=False)
+
+    monkeypatch.setattr(loop, "train", note)
+    arguments = ["run", "--recipe", "demo", "--data", str(shards), "--out", str(tmp_path / "run")]
+    for more in ([], ["--wandb"], ["--wandb", "photos", "--timeout-secs", "30"]):
+        assert CliRunner().invoke(tl_train, [*arguments, *more]).exit_code == 0
+    found = [(options["wandb"], options["timeout"].total_seconds()) for options in asked]
+    assert found == [(None, 600), ("tokenlabel", 600), ("photos", 30)]
 
 
 def test_the_line_of_many_steps_is_their_mean(tmp_path):
@@ -649,7 +933,7 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged_with_its_keys(t
     assert lines(tmp_path / "run", "train")[3]["loss"] is None  # the mean over no step
 
 
-def test_weights_and_statistics_after_a_skipped_step_are_those_before(tmp_path):
+def test_weights_average_and_adams_state_after_a_skipped_step_are_those_before(tmp_path):
     every = "run.checkpoint_every=1 steps"
 
     def stop(batch: Batch, number: int) -> None:
@@ -660,8 +944,7 @@ def test_weights_and_statistics_after_a_skipped_step_are_those_before(tmp_path):
     run(tmp_path, every, spoil=stop)
     after, before = last(tmp_path), read(tmp_path / "checkpoints" / "step-5.pt")
     assert (before.step, before.num_skipped, after.step, after.num_skipped) == (5, 0, 6, 1)
-    changed = [n for n in before.model if not torch.equal(before.model[n], after.model[n])]
-    assert [name for name in changed if "num_batches_tracked" not in name] == []
+    assert differing(before, after) == []
 
 
 def test_a_run_that_is_never_finite_stops_with_advice(tmp_path):

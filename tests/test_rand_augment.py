@@ -185,6 +185,27 @@ def test_draws_are_distributed_as_timms(text):
         assert abs(cubic.mean() - their_cubic) < 4.5 * math.sqrt(0.5 / min(len(cubic), len(others)))
 
 
+@pytest.mark.parametrize("increasing", [True, False])
+def test_each_magnitude_means_what_it_means_in_timm(increasing, monkeypatch):
+    names = (
+        timm_augment._RAND_INCREASING_TRANSFORMS if increasing else timm_augment._RAND_TRANSFORMS
+    )
+    for ours, theirs in ((0.1, 0.9), (0.9, 0.1)):  # below a half we negate, above it timm does
+        monkeypatch.setattr(random, "random", lambda drawn=theirs: drawn)
+        for magnitude in range(11):
+            policy = Policy(
+                magnitude=magnitude, num_layers=1, probability=1.0, increasing=increasing
+            )
+            for operation in OPERATIONS:
+                numbers = np.array([[(operation + 0.5) / 15, 0.0, 0.0, 0.0, ours, 0.0]])
+                layers = draw_layers(numbers, policy, "bicubic")
+                assert layers.operations.item() == operation
+                to_arguments = timm_augment.LEVEL_TO_ARG[names[operation]]
+                arguments = to_arguments(magnitude, {}) if to_arguments else ()
+                expected = float(arguments[0]) if arguments else 0.0
+                assert layers.amounts.item() == pytest.approx(expected), (operation, magnitude)
+
+
 def test_layers_and_samples_are_drawn_independently():
     layers = draws(S_POLICY, 20_000)
     first, second = layers.operations

@@ -18,6 +18,8 @@ COMMANDS = {
     "tl-shard": cli.shard,
     "tl-train": cli.train,
     "tl-eval": cli.evaluate,
+    "tl-seg": cli.segment,
+    "tl-explain": cli.explain,
 }
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -37,7 +39,7 @@ def code_lines(page: Path) -> list[str]:
 def commands_in(page: Path) -> Iterator[list[str]]:
     """Each tl-… command of a page as its words; launchers before it and comments are cut off."""
     for line in code_lines(page):
-        match = re.search(r"(?:^|\s)(tl-(?:label|shard|train|eval)\s.*)", line)
+        match = re.search(r"(?:^|\s)(tl-(?:label|shard|train|eval|seg|explain)\s.*)", line)
         if match and "──" not in line:
             words = shlex.split(match[1].removeprefix("$ "), comments=True)
             yield words[: words.index(">")] if ">" in words else words
@@ -111,7 +113,7 @@ def test_the_tree_in_the_readme_is_on_disk():
 
 
 def test_every_python_file_of_the_package_is_in_the_tree():
-    stages = ["labeler", "shards", "trainer", "examples"]
+    stages = ["labeler", "shards", "trainer", "evaluator", "segmenter", "explainer", "examples"]
     files = {
         path.relative_to(ROOT).as_posix()
         for stage in stages

@@ -217,7 +217,7 @@ def metrics_of(out: Path) -> list[dict[str, Any]]:
 def _fast(monkeypatch):
     """One thread, as the tensors are tiny; no pictures, as they would take most of the time."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, path: None)
+    monkeypatch.setattr(run_log, "draw_curves", lambda *_: None)
     monkeypatch.setattr(loop, "write_report", lambda out: out)
 
 

@@ -92,10 +92,30 @@ def test_a_scene_depends_on_the_seed_and_its_number_alone(digits):
 
 
 def test_a_digit_as_large_as_its_scene_fits(digits):
-    config = replace(scenes.SceneConfig(), side_px=40, num_digits=(1, 1), largest_px=(40, 40))
+    config = replace(
+        scenes.SceneConfig(), sides_px=(40, 40), num_digits=(1, 1), largest_px=(40, 40)
+    )
     for scene in scenes.compose_scenes(digits[0], 40, seed=0, config=config):
         (x0, y0, x1, y1) = scene.digits[0].box
         assert max(x1 - x0, y1 - y0) == 40
+
+
+def test_oblong_scenes_lie_and_stand_and_have_digits_everywhere(digits):
+    config = replace(scenes.SceneConfig(), sides_px=(64, 96), num_digits=(3, 6))
+    made = list(scenes.compose_scenes(digits[0], 60, seed=3, config=config))
+    lying = [scene for scene in made if scene.pixels.shape == (64, 96, 3)]
+    standing = [scene for scene in made if scene.pixels.shape == (96, 64, 3)]
+    assert len(lying) + len(standing) == len(made) and min(len(lying), len(standing)) > 15
+    for long_side, few in ((0, lying), (1, standing)):
+        ends = np.array([box[long_side + 2] for scene in few for box in boxes(scene)])
+        assert (ends > 80).any() and (ends < 40).any()
+
+
+def test_a_scene_without_digits_is_background(digits):
+    config = replace(scenes.SceneConfig(), num_digits=(0, 0))
+    (scene,) = scenes.compose_scenes(digits[0], 1, seed=0, config=config)
+    assert scene.label == scenes.BACKGROUND and not scene.digits
+    assert (scene.class_map == scenes.BACKGROUND).all()
 
 
 def test_image_folders_hold_the_scenes_by_label(digits, tmp_path):

@@ -8,6 +8,7 @@ from loop_runs import fixed_data, tiny_recipe
 from torch import nn
 
 from tokenlabel.trainer.mix_token import MixBox
+from tokenlabel.trainer.mixup import PixelMix
 from tokenlabel.trainer.models import create_model
 from tokenlabel.trainer.optim import explain_lr
 from tokenlabel.trainer.step import add_gradients, num_parts, rows_of_part, targets_of
@@ -43,7 +44,17 @@ def test_parts_hold_each_image_once_and_its_partner_in_the_mirrored_place(num_im
         assert (rows + rows.flip(0)).tolist() == [num_images - 1] * len(rows)
 
 
-def gradients(parts: int, *, box: MixBox | None) -> tuple[list[float], dict[str, torch.Tensor]]:
+MIXES = [
+    None,
+    MixBox(1, 0, 3, 2, (4, 4)),
+    PixelMix(box=MixBox(0, 0, 64, 64, (64, 64)), kept_inside=0.3, tokens=(4, 4)),
+    PixelMix(box=MixBox(5, 7, 30, 64, (64, 64)), kept_inside=0.0, tokens=(4, 4)),
+]
+
+
+def gradients(
+    parts: int, *, mix: MixBox | PixelMix | None
+) -> tuple[list[float], dict[str, torch.Tensor]]:
     recipe = tiny_recipe("model.drop_path=0", "labels.dense_weight=0.5")
     torch.manual_seed(0)
     model: Any = create_model(recipe.model)
@@ -53,16 +64,16 @@ def gradients(parts: int, *, box: MixBox | None) -> tuple[list[float], dict[str,
     batch = next(fixed_data(rows=list(range(8))).open_train(None, 0))
     targets = targets_of(batch, recipe, model.grid)
     targets.token_weight[:3, 2:] = 0  # the first images have few tokens that are taught
-    loss = add_gradients(model, batch, targets, box, recipe, parts=parts, bf16=False)
+    loss = add_gradients(model, batch, targets, mix, recipe, parts=parts, bf16=False)
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return [value.item() for value in loss], found
 
 
-@pytest.mark.parametrize("box", [None, MixBox(1, 0, 3, 2, (4, 4))])
+@pytest.mark.parametrize("mix", MIXES, ids=["none", "mix_token", "mixup", "cutmix"])
 @pytest.mark.parametrize("parts", [2, 4])
-def test_parts_add_up_to_the_gradients_of_the_whole_batch(parts, box):
-    whole_loss, whole = gradients(1, box=box)
-    loss, found = gradients(parts, box=box)
+def test_parts_add_up_to_the_gradients_of_the_whole_batch(parts, mix):
+    whole_loss, whole = gradients(1, mix=mix)
+    loss, found = gradients(parts, mix=mix)
     assert loss == pytest.approx(whole_loss, rel=1e-5)
     assert found.keys() == whole.keys()
     for name, gradient in whole.items():

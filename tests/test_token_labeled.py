@@ -51,7 +51,7 @@ BACKBONES: dict[str, dict[str, Any]] = {
 def _fast(monkeypatch):
     """One thread, as the tensors are tiny; no pictures, as they would take most of the time."""
     torch.set_num_threads(1)
-    monkeypatch.setattr(run_log, "draw_curves", lambda metrics, path: None)
+    monkeypatch.setattr(run_log, "draw_curves", lambda *_: None)
 
 
 def config(

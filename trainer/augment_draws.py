@@ -12,7 +12,7 @@ from enum import IntEnum
 from typing import Literal
 
 import numpy as np
-from jaxtyping import Bool, Float32, Float64, Int64, UInt64
+from jaxtyping import Bool, Float64, Int64, UInt64
 from numpy.random import Generator, Philox
 
 Interpolation = Literal["random", "bicubic", "bilinear"]
@@ -28,7 +28,6 @@ LAYER_NUMBERS = 6
 
 _NUM_TRIES = 10
 _SHARE_OF_CUBIC = {"random": 0.5, "bicubic": 1.0, "bilinear": 0.0}
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 _LEVELS = 10
 """RandAugment's full magnitude; also the largest unless mmax says otherwise."""
 
@@ -52,25 +51,21 @@ def uniforms(
 # ------------------------------------------------------------------------- colour, erasing
 
 
-def draw_colors(
-    numbers: Float64[np.ndarray, "b 6"], strength: float
-) -> tuple[Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 3 3"]]:
-    """Draw torchvision's ColorJitter: three factors and their order, as four steps around one.
+def draw_colors(numbers: Float64[np.ndarray, "b 6"], strength: float) -> "Layers":
+    """Draw torchvision's ColorJitter: factors of brightness, contrast, saturation, and their order.
 
-    Returns:
-        Factors of brightness and of contrast at each of four places, two before and two after
-        saturation, 1 where the sample's order has no such step; matrices of saturation.
+    Args:
+        numbers: Uniform.
+        strength: Factors lie in 1 ± this.
     """
-    size = len(numbers)
-    factors = (1 + strength * (2 * numbers[:, :3] - 1)).astype(np.float32)
-    # Rank of brightness, contrast and saturation in the sample's order.
-    rank = numbers[:, 3:].argsort(1).argsort(1)
-    place = rank[:, :2] + (rank[:, :2] > rank[:, 2:])
-    brightness, contrast = np.ones((2, size, 4), np.float32)
-    brightness[np.arange(size), place[:, 0]] = factors[:, 0]
-    contrast[np.arange(size), place[:, 1]] = factors[:, 1]
-    amount = factors[:, 2, None, None]
-    return brightness, contrast, amount * np.eye(3, dtype=np.float32) + (1 - amount) * _LUMA
+    kinds = np.array([Operation.BRIGHTNESS, Operation.CONTRAST, Operation.COLOR], np.int64)
+    order = numbers[:, 3:].argsort(1)
+    factors = 1 + strength * (2 * numbers[:, :3] - 1)
+    return Layers(
+        operations=kinds[order].T,
+        amounts=np.take_along_axis(factors, order, 1).T,
+        cubic=np.zeros((3, len(numbers)), bool),
+    )
 
 
 def draw_erased(
@@ -197,6 +192,14 @@ class Layers:
     0 where it takes nothing."""
     cubic: Bool[np.ndarray, "n b"]
     """Whether a geometric operation interpolates bicubically, not bilinearly."""
+
+    def __getitem__(self, which: slice) -> "Layers":
+        """Take some of the images."""
+        return Layers(
+            operations=self.operations[:, which],
+            amounts=self.amounts[:, which],
+            cubic=self.cubic[:, which],
+        )
 
 
 def draw_layers(

@@ -14,6 +14,8 @@ A checkpoint is one torch.save file of plain values (it loads with weights_only=
     feed              one entry a process: where its feed goes on
     best              {"top1", "loss", "step", "weights"} of the best evaluation so far, or None
     metrics           the latest evaluation
+    owes_evaluation   whether one was due at this step and was left out, since the run was told to
+                      stop; it is made up for when the run goes on
 
 There is no state of random generators in it: all randomness of a step outside the feed comes from
 (seed, step, rank), so a run that goes on at step n needs nothing but n.
@@ -66,6 +68,7 @@ class Checkpoint:
     num_skipped: int = 0
     best: dict[str, Any] | None = None
     metrics: dict[str, float] = field(default_factory=dict)
+    owes_evaluation: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,8 +126,10 @@ def save(checkpoint: Checkpoint, path: Path) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, f"{error.strerror} while saving", str(path)) from error
         raise
     _flush_folder(path.parent)
 
@@ -134,18 +139,21 @@ def save_step(
 ) -> Path:
     """Write step-N.pt, point last.pt (best.pt, epoch.pt) at it, and keep but one older step-N.pt.
 
-    Files of later steps are left over from before the run went back to an older checkpoint; they
-    are removed.
+    Files of later steps are left over from before the run went back to an older checkpoint, and
+    temporary ones from when it was killed; they are removed.
     """
     path = folder / f"step-{checkpoint.step}.pt"
     save(checkpoint, path)
-    for name, is_meant in (("last", True), ("best", is_best), ("epoch", ends_epoch)):
+    # last.pt comes last: where it points at a checkpoint, the other names are right, too.
+    for name, is_meant in (("best", is_best), ("epoch", ends_epoch), ("last", True)):
         if is_meant:
             _link(path, folder / f"{name}.pt")
     files = step_files(folder)
     place = files.index(path)
     for other in files[: max(0, place + 1 - NUM_KEPT)] + files[place + 1 :]:
         other.unlink()
+    for left_over in folder.glob(".*.pt.tmp"):
+        left_over.unlink()
     return path
 
 
@@ -163,6 +171,8 @@ def _link(source: Path, path: Path) -> None:
         temporary.hardlink_to(source)
     except OSError:
         shutil.copyfile(source, temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
     temporary.replace(path)
     _flush_folder(path.parent)
 
@@ -191,7 +201,7 @@ def read(path: Path) -> Checkpoint:
         raise ValueError(
             f"{path} is not a tokenlabel checkpoint; it was written by another program"
         )
-    return _to_checkpoint(content, path)
+    return to_checkpoint(content, path)
 
 
 def latest(folder: Path) -> Path:
@@ -238,6 +248,16 @@ def read_latest(
     if not problems:
         raise FileNotFoundError(f"{folder} holds no checkpoint to resume from")
     raise ValueError(f"no checkpoint can be resumed: {'; '.join(problems)}")
+
+
+def read_best(folder: Path) -> dict[str, Any] | None:
+    """Read what best.pt says of itself, which `Checkpoint.best` describes; None without one.
+
+    Raises:
+        ValueError: The file is torn or foreign.
+    """
+    path = folder / "best.pt"
+    return read(path).best if path.is_file() else None
 
 
 def is_ours(content: Mapping[str, Any]) -> bool:
@@ -288,7 +308,12 @@ def _refuse_damage(path: Path) -> None:
         raise ValueError(f"{path} is damaged: the checksum of its part {damaged} is wrong")
 
 
-def _to_checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
+def to_checkpoint(content: Mapping[str, Any], path: Path) -> Checkpoint:
+    """Read what `is_ours` says yes to.
+
+    Raises:
+        ValueError: It is of another version, or damaged.
+    """
     if content.get("version") != VERSION:
         raise ValueError(
             f"{path} is a checkpoint of version {content.get('version')}; this program reads "
@@ -361,7 +386,7 @@ def load_model(
             class_ids=None,
             class_names=None,
         )
-    checkpoint = _to_checkpoint(content, path)
+    checkpoint = to_checkpoint(content, path)
     recipe = parse_recipe(checkpoint.recipe)
     if name is not None and architecture(name) != architecture(recipe.model.name):
         raise ValueError(f"{path} holds {recipe.model.name}, not {name}")
@@ -405,7 +430,7 @@ def _published_config(
 def _fill(
     model: Student, content: Mapping[str, Any], path: Path, *, ema: bool | None, new_heads: bool
 ) -> LoadReport:
-    weights, kind = _choose(content, path, ema)
+    weights, kind = choose_weights(content, path, ema)
     begun: tuple[str, ...] = ()
     unused: tuple[str, ...] = ()
     old_grid = None  # published files do not say their grid; it is square
@@ -421,15 +446,29 @@ def _fill(
         if isinstance(model, T2TViT) and kind == "published":
             begun = add_dense_head(weights)
     dropped = _fit_heads(weights, model, path, new_heads)
-    _refuse_misfit(weights, model.state_dict(), path)
+    refuse_misfit(weights, model.state_dict(), path)
     model.load_state_dict(weights)
     return LoadReport(
         path=path, weights=kind, resized=resized, dropped=dropped, begun=begun, unused=unused
     )
 
 
-def _choose(content: Mapping[str, Any], path: Path, ema: bool | None) -> tuple[dict[str, Any], str]:
-    """Take averaged or raw weights out of a file's content, and say which they are."""
+def choose_weights(
+    content: Mapping[str, Any], path: Path, ema: bool | None
+) -> tuple[dict[str, Any], str]:
+    """Take averaged or raw weights out of a file's content, and say which they are.
+
+    Args:
+        content: Of a file, ours or published.
+        path: For messages.
+        ema: Whether averaged weights are taken; see `load_weights`.
+
+    Returns:
+        The weights, and "raw", "ema", or "published" for files of others.
+
+    Raises:
+        ValueError: The file has no such weights.
+    """
     if not is_ours(content):
         weights = unwrap_state_dict(content, ema=ema is not False)
         kind = "published"
@@ -522,7 +561,12 @@ def _prefers_ema(content: Mapping[str, Any]) -> bool:
     return not best or best["step"] != content["step"] or best["weights"] == "ema"
 
 
-def _refuse_misfit(weights: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+def refuse_misfit(weights: dict[str, Tensor], wanted: dict[str, Tensor], path: Path) -> None:
+    """Compare names and shapes of a file's weights with a model's.
+
+    Raises:
+        ValueError: Some are missing, unexpected or of another shape; names them.
+    """
     shapes = [
         f"{name} {_shape(weights[name])} instead of {_shape(tensor)}"
         for name, tensor in wanted.items()

@@ -10,9 +10,12 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.rendezvous import rendezvous
 
 TIMEOUT = timedelta(minutes=10)
-"""How long a process waits for the others before it gives up; saving takes much less."""
+"""How long a process waits for the others before it gives up, unless it is told otherwise. They
+wait while the main one saves, downloads weights or draws, which takes less."""
 
 _OTHERS_FAIL = re.compile(r"(?i)timed? ?out|connection (closed|reset|refused)|broken pipe")
 """What torch's backends say when other processes are not there."""
@@ -83,20 +86,34 @@ def join_processes(device: str = "auto", *, timeout: timedelta = TIMEOUT) -> Ite
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield Place(device=chosen)
         return
-    dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo", timeout=timeout)
-    rank = dist.get_rank()
     try:
-        yield Place(device=chosen, rank=rank, world_size=dist.get_world_size())
+        _connect("nccl" if chosen.type == "cuda" else "gloo", timeout)
+        yield Place(device=chosen, rank=dist.get_rank(), world_size=dist.get_world_size())
     except RuntimeError as error:
         if not _OTHERS_FAIL.search(str(error)):
             raise
         raise OSError(
-            f"process {rank} stops: another one has died or not answered for "
+            f"process {os.environ.get('RANK')} stops: another one has died or not answered for "
             f"{timeout.total_seconds():g} s; what happened is in its own messages. Start all "
-            "again with --resume"
+            "again, a training run with --resume"
         ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _connect(backend: str, timeout: timedelta) -> None:
+    """Make the process group that torchrun's variables describe.
+
+    After a restart (torchrun --max-restarts) its store still holds the addresses of the processes
+    that have died, so each attempt has its own names in it.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    attempt = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(
+        backend, store=attempt, rank=rank, world_size=world_size, timeout=timeout
+    )
 
 
 def _device(name: str) -> torch.device:

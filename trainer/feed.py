@@ -1,10 +1,11 @@
 """The feed: dataset shards → batches of images, the views that made them, and their label maps.
 
-One pipeline definition serves CPU and GPU. Files are read and JPEGs decoded on the CPU in both
-cases, only the region of the crop; what follows runs where the batch is wanted: resize, colour
-jitter and flip in DALI, RandAugment and erasing in torch. Every random choice but the crop is drawn
-in numpy from (seed, number of the batch, place in it), so it needs no state, is the same on every
-device, and is known to the code that builds the view. docs/feed.md has more.
+Files are read and JPEGs decoded on the CPU in any case, by DALI, only the region of the crop. What
+follows runs where the batch is wanted. On a GPU DALI resizes and flips; on a CPU torch does, which
+takes a fifth of the time there. Colour jitter, RandAugment and erasing are torch's on both. Every
+random choice but the crop is drawn in numpy from (seed, number of the batch, place in it), so it
+needs no state, is the same on every device, and is known to the code that builds the view.
+docs/feed.md has more.
 """
 
 import math
@@ -14,10 +15,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float32, Int32, Int64, Num, UInt8, UInt64
 from numpy.random import SeedSequence
 from nvidia.dali import fn as _dali_fn
@@ -49,9 +52,10 @@ SHUFFLE_BUFFER = 4096
 
 fn: Any = _dali_fn  # its stubs call every result one node or a list of nodes or None
 
-_STATE_VERSION = 2
+_STATE_VERSION = 4
 _READER = "reader"
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+_IMAGES_AT_ONCE = 8
+"""What one thread finishes in one go on a CPU."""
 _FILTERS = {"bilinear": DALIInterpType.INTERP_LINEAR, "bicubic": DALIInterpType.INTERP_CUBIC}
 _UNDECODABLE = re.compile(r"Failed to decode sample #\d+ : (.*)")
 _UNREADABLE = re.compile(r"nvImageCodec failure|Error reading from a file|outside of the archive")
@@ -73,6 +77,17 @@ class Batch:
     """Crop unit square → unit square of each RandAugment layer's input. A point outside one of them
     shows the fill, not the image. None without RandAugment."""
 
+    def __getitem__(self, which: slice) -> "Batch":
+        """Take some of the images."""
+        return Batch(
+            images=self.images[which],
+            classes=self.classes[which],
+            views=self.views[which],
+            maps=None if self.maps is None else self.maps[which],
+            keys=self.keys[which],
+            frames=None if self.frames is None else self.frames[which],
+        )
+
 
 def default_num_threads() -> int:
     """Return this process's share of the cores it may run on (torchrun says how many share)."""
@@ -86,6 +101,9 @@ class TrainFeed:
     Within a pass over the split each sample comes exactly once, over all ranks together; the order
     of shards and the neighbours within them change from pass to pass. DALI prepares batches ahead,
     and one thread here decodes label maps and finishes one batch ahead.
+
+    With augment.repeats = r a batch of b holds ceil(b / r) samples, r crops of each (of as many
+    samples as b falls short, the last ones, r - 1), and a pass takes r times as many batches.
     """
 
     num_samples: int
@@ -127,7 +145,8 @@ class TrainFeed:
 
         Raises:
             ValueError: If the split is unknown, has no labels though they are wanted, has fewer
-                samples than there are processes, or if the state belongs to another feed.
+                samples than there are processes, if crops are repeated more often than a batch has
+                room for, or if the state belongs to another feed.
             OSError: If a shard is not there.
         """
         self.num_samples = index.split(split).num_samples
@@ -153,6 +172,8 @@ class TrainFeed:
             "split": split,
             "num_samples": self.num_samples,
             "batch_size": batch_size,
+            "repeats": augment.repeats,
+            "device": self._device.type,
             "seed": seed,
             "rank": rank,
             "world_size": world_size,
@@ -160,12 +181,20 @@ class TrainFeed:
         }
         if state is not None:
             _check_state(state, self._identity)
+        if augment.repeats > max(1, batch_size):
+            raise ValueError(
+                f"augment.repeats = {augment.repeats}: a process has only {batch_size} images in "
+                "each step; allowed: at most as many"
+            )
         self._num_batches: int = 0 if state is None else state["num_batches"]
-        reader_seed, crop_seed = SeedSequence([seed, rank]).generate_state(2).tolist()
+        num_read = math.ceil(batch_size / augment.repeats)
+        own_seeds = SeedSequence([seed, rank]).generate_state(1 + augment.repeats)
+        reader_seed, *crop_seeds = own_seeds.tolist()
         common_seeds = SeedSequence(seed)  # the same on all ranks
         shard_seed = common_seeds.generate_state(1).tolist()[0]
         key = common_seeds.spawn(1)[0].generate_state(2, np.uint64)
-        samples = range(rank * batch_size, (rank + 1) * batch_size)
+        num_drawn = num_read * augment.repeats
+        samples = range(rank * num_drawn, (rank + 1) * num_drawn)
         self._choose = _Chooser(augment, image_size, samples, key)
         self._pipeline = _train_pipeline(
             index,
@@ -184,16 +213,17 @@ class TrainFeed:
                 "shuffle_after_epoch": True,  # the order of shards; off unless asked for
                 "shuffle_after_epoch_seed": shard_seed,
             },
-            crop_seed=crop_seed,
+            crop_seeds=crop_seeds,
             options={
-                **_pipeline_options(batch_size, self._device, num_threads),
+                **_pipeline_options(num_read, self._device, num_threads),
                 "enable_checkpointing": True,
                 "checkpoint": None if state is None else state["pipeline"],
             },
         )
         _build(self._pipeline, index, split)
         self._checkpoint: bytes = self._pipeline.checkpoint()
-        self._worker = _single_threaded_worker()
+        self._worker = single_core_threads()
+        self._threads = single_core_threads(num_threads or default_num_threads())
         self._ahead: Future[tuple[Batch, bytes]] = self._worker.submit(
             self._produce, self._num_batches
         )
@@ -216,19 +246,28 @@ class TrainFeed:
     def close(self) -> None:
         """Stop the thread and free DALI's threads and memory; `state` still answers."""
         self._worker.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown()
         self.__dict__.pop("_pipeline", None)  # the last reference; a second close does nothing
 
     def _produce(self, num: int) -> tuple[Batch, bytes]:
         """Finish one batch; the checkpoint describes the position right after it."""
+        repeats = self._augment.repeats
         outputs = _run(self._pipeline, self._index, self._split)
         checkpoint = self._pipeline.checkpoint()  # knows nothing of batches prepared ahead
-        images, shapes, starts, extents, classes, *labels = outputs
+        images, starts, extents = (outputs[i * repeats : (i + 1) * repeats] for i in range(3))
+        shapes, classes, *labels = outputs[3 * repeats :]
         chosen = self._choose.take(num)
         keys, shards = _sources(classes, self._index.folder)
         class_indices = _class_indices(classes, keys, shards, self._index.num_classes)
         dictionary = self._index.split(self._split).dictionary
         maps = _decode_labels(labels[0], keys, shards, dictionary) if labels else None
-        crops = crop_view(_boxes(starts.as_array(), extents.as_array(), shapes.as_array()))
+        boxes = [
+            _boxes(start.as_array(), extent.as_array(), shapes.as_array())
+            for start, extent in zip(starts, extents)
+        ]
+        crops = crop_view(torch.cat(boxes))
+        if maps is not None and repeats > 1:
+            maps = maps[torch.arange(len(keys)).repeat(repeats)]
         views = compose(crops, flip_view(torch.from_numpy(chosen.flips)))
         frames = None
         if chosen.layers:
@@ -236,24 +275,53 @@ class TrainFeed:
             frames = _frames([torch.from_numpy(layer) for layer in layers])
             views = compose(views, frames[:, 0])
         with torch.cuda.stream(self._stream):
-            pixels = torch.from_dlpack(images.as_tensor())
-            if self._stream is not None:
-                pixels = pixels.clone()  # DALI reuses GPU memory in its own order, torch in torch's
-            if chosen.layers:
-                apply_layers(pixels, chosen.layers, fill=self._fill)
-            normalized = _normalize(pixels, self._augment.mean, self._augment.std)
-            _erase(normalized, chosen.erased, chosen.noise_seeds)
             batch = Batch(
-                images=normalized,
-                classes=class_indices.to(self._device),
+                images=self._finish(images, chosen),
+                classes=class_indices.repeat(repeats).to(self._device),
                 views=views.to(self._device),
                 maps=None if maps is None else maps.to(self._device),
-                keys=keys,
+                keys=keys * repeats,
                 frames=None if frames is None else frames.to(self._device),
-            )
+            )[: self._batch_size]
         if self._stream is not None:
             self._stream.synchronize()
         return batch, checkpoint
+
+    def _finish(self, crops: Sequence[Any], chosen: "_Draw") -> Float32[Tensor, "b 3 h w"]:
+        """Turn DALI's images into normalised ones, with all that is drawn for them."""
+        if self._stream is not None:
+            # A copy, for DALI reuses GPU memory in its own order, torch in torch's.
+            pixels = torch.cat([torch.from_dlpack(part.as_tensor()) for part in crops])
+            images = torch.empty_like(pixels, dtype=torch.float32)
+            self._change(pixels, chosen, images)
+            return images
+        regions = [part[i] for part in crops for i in range(len(part))]
+        images = torch.empty(len(regions), 3, *self._image_size)
+
+        def work(start: int) -> None:
+            few = slice(start, start + _IMAGES_AT_ONCE)
+            own = chosen[few]
+            pixels = torch.empty(images[few].shape, dtype=torch.uint8)
+            for i, region in enumerate(regions[few]):
+                resized = resize(torch.from_dlpack(region), self._image_size, own.cubic[i])
+                pixels[i] = resized.flip(2) if own.flips[i] else resized
+            self._change(pixels, own, images[few])
+
+        list(self._threads.map(work, range(0, len(regions), _IMAGES_AT_ONCE)))
+        return images
+
+    def _change(
+        self,
+        pixels: UInt8[Tensor, "b 3 h w"],
+        chosen: "_Draw",
+        images: Float32[Tensor, "b 3 h w"],
+    ) -> None:
+        """Apply what is drawn to resized crops, and write the result into images."""
+        for layers in (chosen.colors, chosen.layers):
+            if layers is not None:
+                apply_layers(pixels, layers, fill=self._fill)
+        normalize(pixels, self._augment.mean, self._augment.std, out=images)
+        _erase(images, chosen.erased, chosen.noise_seeds)
 
 
 class EvalFeed:
@@ -369,12 +437,10 @@ class _Draw:
     """The random choices for one batch."""
 
     flips: Bool[np.ndarray, " b"]
-    interpolations: Int32[np.ndarray, " b"]
-    """DALI's numbers of the filters."""
-    colors: tuple[
-        Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 4"], Float32[np.ndarray, "b 3 3"]
-    ]
-    """Brightness, contrast and saturation of colour jitter, as draw_colors has them."""
+    cubic: Bool[np.ndarray, " b"]
+    """Whether the crop is resized bicubically, not bilinearly."""
+    colors: Layers | None
+    """What colour jitter does; None where it is off."""
     layers: Layers | None
     """What RandAugment does; None where it is off."""
     erased: Int64[np.ndarray, "b 4"]
@@ -382,17 +448,25 @@ class _Draw:
     noise_seeds: Int64[np.ndarray, " b"]
     """Of the noise in each rectangle."""
 
-    def for_dali(self, *, with_colors: bool) -> list[np.ndarray]:
+    def __getitem__(self, which: slice) -> "_Draw":
+        """Take some of the images."""
+        return _Draw(
+            flips=self.flips[which],
+            cubic=self.cubic[which],
+            colors=None if self.colors is None else self.colors[which],
+            layers=None if self.layers is None else self.layers[which],
+            erased=self.erased[which],
+            noise_seeds=self.noise_seeds[which],
+        )
+
+    def for_dali(self) -> list[np.ndarray]:
         """List the arrays in the order in which _train_pipeline takes them."""
-        arrays = [self.flips.astype(np.int32), self.interpolations]
-        if with_colors:
-            brightness, contrast, saturation = self.colors
-            arrays += [saturation, *brightness.T.copy(), *contrast.T.copy()]
-        return arrays
+        filters = np.where(self.cubic, _FILTERS["bicubic"].value, _FILTERS["bilinear"].value)
+        return [self.flips.astype(np.int32), filters.astype(np.int32)]
 
 
 class _Chooser:
-    """Makes a batch's random choices when DALI asks for them, some batches ahead of their use."""
+    """Makes a batch's random choices, on a GPU when DALI asks for them, some batches ahead."""
 
     def __init__(
         self,
@@ -406,13 +480,19 @@ class _Chooser:
         self._ahead: dict[int, _Draw] = {}
 
     def __call__(self, num: int) -> list[np.ndarray]:
-        """Choose for batch number num; a pure function of it and of what the chooser was given."""
+        """Choose for batch number num; a pure function of it and of what the chooser was given.
+
+        Returns:
+            What for_dali lists for the first crop of each image, then for the second, and so on.
+        """
         self._ahead[num] = self._draw(num)
-        return self._ahead[num].for_dali(with_colors=self._config.jitter > 0)
+        arrays = self._ahead[num].for_dali()
+        by_crop = [np.split(array, self._config.repeats) for array in arrays]
+        return [part for parts in zip(*by_crop) for part in parts]
 
     def take(self, num: int) -> _Draw:
-        """Return the choices made for a batch and forget them."""
-        return self._ahead.pop(num)
+        """Return the choices for a batch and forget them."""
+        return self._ahead.pop(num, None) or self._draw(num)
 
     def _draw(self, num: int) -> _Draw:
         config, policy = self._config, self._config.policy
@@ -421,11 +501,11 @@ class _Chooser:
         numbers = uniforms(self._key, num, self._samples, sum(widths))
         own, color, erasing, layers = np.split(numbers, np.cumsum(widths)[:-1], axis=1)
         kinds = ("bilinear", "bicubic") if config.interpolation == "random" else None
-        filters = np.array([_FILTERS[k].value for k in kinds or (config.interpolation,)], np.int32)
+        is_cubic = np.array([kind == "bicubic" for kind in kinds or (config.interpolation,)])
         return _Draw(
             flips=own[:, 0] < config.hflip,
-            interpolations=filters[np.floor(own[:, 1] * len(filters)).astype(np.int64)],
-            colors=draw_colors(color, config.jitter),
+            cubic=is_cubic[np.floor(own[:, 1] * len(is_cubic)).astype(np.int64)],
+            colors=draw_colors(color, config.jitter) if config.jitter else None,
             layers=draw_layers(layers, policy, config.interpolation) if policy else None,
             erased=draw_erased(erasing, config.random_erasing, self._image_size),
             noise_seeds=np.floor(own[:, 2] * 2**53).astype(np.int64),
@@ -441,35 +521,43 @@ def _train_pipeline(
     choose: _Chooser,
     gpu: bool,
     with_labels: bool,
-    crop_seed: int,
+    crop_seeds: Sequence[int],
     reader: dict[str, Any],
     options: dict[str, Any],
 ) -> Pipeline:
-    """Define images, shapes, crops' starts and extents, classes, and label maps if wanted."""
+    """Define images, crops' starts and extents, shapes, classes, and label maps if wanted.
+
+    Images are crops of image_size in planes on a GPU, and the crops' decoded regions on a CPU. Of
+    images, starts and extents there is one output for each of the crops of an image.
+    """
     with Pipeline(**options) as pipeline:
         jpegs, classes, *labels = _read(index, split, with_labels, reader)
-        num_choices = 11 if augment.jitter else 2
-        flips, filters, *colors = fn.external_source(choose, num_outputs=num_choices)
         shapes = fn.peek_image_shape(jpegs, dtype=DALIDataType.INT32)
-        starts, extents = fn.random_crop_generator(
-            shapes, random_area=augment.scale, random_aspect_ratio=augment.ratio, seed=crop_seed
+        num_crops = len(crop_seeds)
+        choices = list(fn.external_source(choose, num_outputs=2 * num_crops)) if gpu else []
+        crops = []
+        for number, crop_seed in enumerate(crop_seeds):
+            starts, extents = fn.random_crop_generator(
+                shapes, random_area=augment.scale, random_aspect_ratio=augment.ratio, seed=crop_seed
+            )
+            # Decoding stays on the CPU: with device="mixed" the decoder of a region is reported to
+            # crash (NVIDIA/nvImageCodec#55), and it would take the GPU's time from the model.
+            images = fn.decoders.image_slice(jpegs, start=starts, shape=extents, axis_names="HW")
+            if gpu:
+                flips, filters = choices[2 * number : 2 * number + 2]
+                images = fn.resize(
+                    images.gpu(),
+                    size=image_size,
+                    interp_type=fn.cast(filters, dtype=DALIDataType.INTERP_TYPE),
+                    antialias=True,
+                )
+                images = fn.crop_mirror_normalize(  # flips, turns to planes; mean 0 and std 1
+                    images, mirror=flips, dtype=DALIDataType.UINT8, output_layout="CHW"
+                )
+            crops.append((images, starts, extents))
+        pipeline.set_outputs(
+            *(node for nodes in zip(*crops) for node in nodes), shapes, classes, *labels
         )
-        # Decoding stays on the CPU: with device="mixed" the decoder of a region is reported to
-        # crash (NVIDIA/nvImageCodec#55), and it would take the GPU's time from the model.
-        images = fn.decoders.image_slice(jpegs, start=starts, shape=extents, axis_names="HW")
-        images = images.gpu() if gpu else images
-        images = fn.resize(
-            images,
-            size=image_size,
-            interp_type=fn.cast(filters, dtype=DALIDataType.INTERP_TYPE),
-            antialias=True,
-        )
-        if augment.jitter:
-            images = _jitter(images, colors[0], colors[1:5], colors[5:])
-        images = fn.crop_mirror_normalize(  # flips and turns to planes; mean 0 and std 1
-            images, mirror=flips, dtype=DALIDataType.UINT8, output_layout="CHW"
-        )
-        pipeline.set_outputs(images, shapes, starts, extents, classes, *labels)
     return pipeline
 
 
@@ -490,13 +578,63 @@ def _eval_pipeline(
     """Define images, shapes, the views' starts and ends, and classes."""
     with Pipeline(**options) as pipeline:
         jpegs, classes = _read(index, split, False, reader)
-        shapes = fn.peek_image_shape(jpegs, dtype=DALIDataType.INT32)
-        starts, ends = _seen_region(shapes[:2], image_size, crop_pct, crop_mode)
-        images = fn.decoders.image(jpegs)
-        images = images.gpu() if gpu else images
+        shapes, [(images, starts, ends)] = define_eval_views(
+            jpegs,
+            image_size=image_size,
+            crop_pct=crop_pct,
+            interpolation=interpolation,
+            crop_mode=crop_mode,
+            mean=mean,
+            std=std,
+            gpu=gpu,
+        )
+        pipeline.set_outputs(images, shapes, starts, ends, classes)
+    return pipeline
+
+
+def define_eval_views(
+    jpegs: DataNode,
+    *,
+    image_size: tuple[int, int],
+    crop_pct: float,
+    interpolation: str,
+    crop_mode: str,
+    mean: Sequence[float],
+    std: Sequence[float],
+    gpu: bool,
+    places: Sequence[tuple[float, float]] = ((0.5, 0.5),),
+) -> tuple[DataNode, list[tuple[DataNode, DataNode, DataNode]]]:
+    """Define timm's evaluation view of encoded images, inside a pipeline.
+
+    Args:
+        jpegs: The images' bytes.
+        image_size: See EvalFeed, as for the next five.
+        crop_pct: Part of the resized shorter side that the view keeps.
+        interpolation: How to resize.
+        crop_mode: center or squash.
+        mean: Subtracted from each channel.
+        std: Divides each channel.
+        gpu: Whether everything behind the decoder runs on the GPU.
+        places: For each view, where in the margins that it does not show it lies: (down, right)
+            from 0 to 1; (0.5, 0.5) is the centre.
+
+    Returns:
+        Shapes of the images as (rows, cols, channels), and of each view its normalised pixels
+        (3, h, w), and its start and end in the image as (y, x) in pixels.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    _check_eval_view(crop_pct, interpolation, crop_mode)
+    shapes = fn.peek_image_shape(jpegs, dtype=DALIDataType.INT32)
+    decoded = fn.decoders.image(jpegs)
+    decoded = decoded.gpu() if gpu else decoded
+    views = []
+    for place in places:
+        starts, ends = _seen_region(shapes[:2], image_size, crop_pct, crop_mode, place)
         # The filter reads beyond the region's edge: this equals resizing all, then cropping.
         images = fn.resize(
-            images,
+            decoded,
             size=image_size,
             roi_start=starts,
             roi_end=ends,
@@ -510,8 +648,8 @@ def _eval_pipeline(
             dtype=DALIDataType.FLOAT,
             output_layout="CHW",
         )
-        pipeline.set_outputs(images, shapes, starts, ends, classes)
-    return pipeline
+        views.append((images, starts, ends))
+    return shapes, views
 
 
 def _read(
@@ -529,7 +667,11 @@ def _read(
 
 
 def _seen_region(
-    side: DataNode, image_size: tuple[int, int], crop_pct: float, crop_mode: str
+    side: DataNode,
+    image_size: tuple[int, int],
+    crop_pct: float,
+    crop_mode: str,
+    place: tuple[float, float],
 ) -> tuple[DataNode, DataNode]:
     """Where timm's evaluation view lies in an image: its start and end as (y, x) in pixels."""
     side = fn.cast(side, dtype=DALIDataType.FLOAT64)
@@ -541,30 +683,16 @@ def _seen_region(
         rounding = 0.0 if view[0] == view[1] else 0.5
         resized = fn.cast(dali_math.floor(fitted + rounding), dtype=DALIDataType.INT32)
     margin = resized - view
-    half = margin // 2
-    start = half + (margin & half & 1)  # half of the margin, rounded half to even as in Python
+    if place == (0.5, 0.5):
+        half = margin // 2
+        start = half + (margin & half & 1)  # half of the margin, rounded half to even as in Python
+    else:
+        start = dali_math.floor(margin * np.array(place) + 0.5)
     scale = side / resized
     return (
         fn.cast(scale * start, dtype=DALIDataType.FLOAT),
         fn.cast(scale * (start + view), dtype=DALIDataType.FLOAT),
     )
-
-
-def _jitter(
-    images: DataNode, saturation: DataNode, brightness: list[DataNode], contrast: list[DataNode]
-) -> DataNode:
-    """Apply torchvision's brightness, contrast and saturation, each rounded and clamped."""
-    for place in range(4):
-        if place == 2:
-            images = fn.coord_transform(images, M=saturation, dtype=DALIDataType.UINT8)
-        gray = fn.reductions.sum(fn.reductions.mean(images, axes=(0, 1)) * _LUMA, axes=0)
-        images = fn.brightness_contrast(
-            images,
-            brightness=brightness[place],
-            contrast=contrast[place],
-            contrast_center=gray.cpu(),  # arguments live on the CPU
-        )
-    return images
 
 
 def _pipeline_options(
@@ -582,17 +710,22 @@ def _pipeline_options(
     }
 
 
-def _single_threaded_worker() -> ThreadPoolExecutor:
-    """Start a thread in which torch's operations take one core, and others what they took before.
+def single_core_threads(count: int = 1) -> ThreadPoolExecutor:
+    """Start threads in which torch's operations take one core, and others what they took before.
 
     DALI's threads keep the cores busy; a small operation split over several would wait for them.
     """
     num_threads = torch.get_num_threads()
-    worker = ThreadPoolExecutor(1, thread_name_prefix="feed")
-    worker.submit(torch.get_num_threads).result()  # torch sets a thread up at its first call
-    worker.submit(torch.set_num_threads, 1).result()
-    torch.set_num_threads(num_threads)  # for threads that start later; that one has its own count
-    return worker
+    all_here = Barrier(count)
+
+    def settle() -> None:
+        torch.get_num_threads()  # torch sets a thread up at its first call
+        torch.set_num_threads(1)
+
+    threads = ThreadPoolExecutor(count, thread_name_prefix="feed", initializer=settle)
+    list(threads.map(lambda _: all_here.wait(), range(count)))
+    torch.set_num_threads(num_threads)  # for threads that start later; these have their own count
+    return threads
 
 
 def _with_index(device: torch.device) -> torch.device:
@@ -699,13 +832,27 @@ def _boxes(
     return torch.from_numpy(corners.reshape(-1, 4).astype(np.float32))
 
 
-def _normalize(
-    images: UInt8[Tensor, "b 3 h w"], mean: Sequence[float], std: Sequence[float]
-) -> Float32[Tensor, "b 3 h w"]:
+def resize(
+    region: UInt8[Tensor, "rh rw 3"], image_size: tuple[int, int], cubic: Any
+) -> UInt8[Tensor, "3 h w"]:
+    """Resize a decoded region with antialiasing, as Pillow does."""
+    mode = "bicubic" if cubic else "bilinear"
+    planes = region.permute(2, 0, 1)[None]  # in the order of memory that torch is fast in
+    return F.interpolate(planes, image_size, mode=mode, antialias=True)[0]
+
+
+def normalize(
+    pixels: UInt8[Tensor, "b 3 h w"],
+    mean: Sequence[float],
+    std: Sequence[float],
+    *,
+    out: Float32[Tensor, "b 3 h w"],
+) -> None:
+    """Write (pixels / 255 - mean) / std into out."""
     offset, scale = (
-        torch.tensor(values, device=images.device)[:, None, None] * 255 for values in (mean, std)
+        torch.tensor(values, device=pixels.device)[:, None, None] * 255 for values in (mean, std)
     )
-    return images.float().sub_(offset).div_(scale)
+    torch.sub(pixels, offset, out=out).div_(scale)
 
 
 def _frames(layers: Sequence[Float32[Tensor, "b 2 3"]]) -> Float32[Tensor, "b f 2 3"]:

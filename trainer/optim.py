@@ -119,11 +119,21 @@ class Ema:
         self._pairs = list(zip(_tensors(self.model), _tensors(model)))
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move the average towards the weights that step 0, 1, … has left behind."""
+    def update(self, step: int, bad: torch.Tensor | None = None) -> None:
+        """Move the average towards the weights that step 0, 1, … has left behind.
+
+        Args:
+            step: Which one.
+            bad: 1 where the step was skipped, a float scalar on the weights' device: then the
+                average stays where it is, as if it had not been updated.
+        """
         floats = [pair for pair in self._pairs if pair[0].is_floating_point()]
         averages, weights = [a for a, _ in floats], [w for _, w in floats]
-        torch._foreach_lerp_(averages, weights, 1 - self.decay(step))  # pyright: ignore[reportPrivateImportUsage]
+        share = 1 - self.decay(step)
+        # pyright: ignore below, since torch's stubs do not know these.
+        moves = torch._foreach_sub(weights, averages)  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_mul_(moves, share if bad is None else share * (1 - bad))  # pyright: ignore[reportPrivateImportUsage]
+        torch._foreach_add_(averages, moves)  # pyright: ignore[reportPrivateImportUsage]
         for average, weight in self._pairs:
             if not average.is_floating_point():
                 average.copy_(weight)

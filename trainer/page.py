@@ -7,7 +7,7 @@ follows the reader's light or dark setting. Every text from outside is escaped.
 import base64
 import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from html import escape
 
 from PIL import Image
@@ -72,6 +72,11 @@ def figure(image: Image.Image, caption: str, *, below: str = "") -> str:
     )
 
 
+def beside(caption: str, *parts: str) -> str:
+    """Make a figure of HTML, to stand beside pictures."""
+    return f"<figure><figcaption>{escape(caption)}</figcaption>{''.join(parts)}</figure>"
+
+
 def data_uri(image: Image.Image) -> str:
     """Encode a picture as a JPEG inside a data: address."""
     buffer = io.BytesIO()
@@ -88,11 +93,11 @@ def legend(colours: Mapping[str, Colour]) -> str:
     return f'<ul class="legend">{"".join(items)}</ul>'
 
 
-def ranking(predictions: Iterable[tuple[str, float]], *, right: str | None = None) -> str:
-    """List class names with their probabilities as bars; `right` is the true one, if known."""
+def ranking(predictions: Iterable[tuple[str, float]], *, right: Collection[str] = ()) -> str:
+    """List class names with their probabilities as bars; `right` are the true ones, if known."""
     lines = []
     for name, probability in predictions:
-        mark = ' class="right"' if name == right else ""
+        mark = ' class="right"' if name in right else ""
         lines.append(
             f'<li{mark}><span class="bar" style="width:{100 * probability:.1f}%"></span>'
             f"<span>{escape(name)}</span><span>{probability:.1%}</span></li>"
@@ -107,6 +112,18 @@ def table(facts: Mapping[str, object]) -> str:
         for name, value in facts.items()
     ]
     return f"<table>{''.join(rows)}</table>"
+
+
+def columns(names: Sequence[str], rows: Iterable[Sequence[str]], *, num_words: int = 1) -> str:
+    """Make a table with headings above; what follows the first num_words columns is numbers."""
+    places = [""] * num_words + [' class="number"'] * (len(names) - num_words)
+    lines = [_cells("th", names, places)] + [_cells("td", row, places) for row in rows]
+    return f'<div class="scroll"><table>{"".join(lines)}</table></div>'
+
+
+def _cells(tag: str, texts: Sequence[str], places: Sequence[str]) -> str:
+    cells = [f"<{tag}{at}>{escape(text)}</{tag}>" for at, text in zip(places, texts, strict=True)]
+    return f"<tr>{''.join(cells)}</tr>"
 
 
 def details(summary: str, content: str) -> str:
@@ -222,7 +239,7 @@ h2 { font-size: 1.2rem; margin: 2.2rem 0 .4rem; border-top: 1px solid var(--rule
 h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
 p { max-width: 48rem; margin: .4rem 0; }
 .cards { display: grid; gap: .8rem; margin: .8rem 0;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 30rem), 1fr)); }
 .card { background: var(--card); border-radius: 10px; padding: .8rem; min-width: 0; }
 .wide { grid-column: 1 / -1; }
 .figures { display: grid; gap: .8rem; grid-template-columns: 1fr 1fr; }
@@ -247,6 +264,10 @@ table { border-collapse: collapse; font-size: .9rem; }
 th, td { text-align: left; padding: .25rem .8rem .25rem 0; vertical-align: top;
   border-bottom: 1px solid var(--rule); overflow-wrap: anywhere; }
 th { font-weight: 500; color: var(--soft); }
+.scroll { overflow-x: auto; margin: .6rem 0; }
+.scroll td { overflow-wrap: normal; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+td.number { white-space: nowrap; }
 pre { overflow-x: auto; font-size: .8rem; background: var(--card); padding: .8rem;
   border-radius: 8px; }
 summary { cursor: pointer; margin: .6rem 0; }

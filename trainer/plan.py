@@ -12,14 +12,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from torch import nn
 
 from ..shards.index import ShardIndex, read_index
 from .distributed import join_processes
 from .feed import Batch, TrainFeed, default_num_threads
-from .mix_token import sample_box
+from .mixup import draw_mix
 from .models import create_model
 from .optim import Ema, Schedule, make_optimizer
 from .recipe import Recipe
@@ -209,12 +208,10 @@ class _Step:
 
     def __call__(self, batch: Batch) -> None:
         model, recipe = self._model.train(), self._recipe
-        box = None
-        if recipe.model.mix_token:
-            box = sample_box(model.grid, np.random.default_rng([recipe.run.seed, self._num]))
+        mix = draw_mix(recipe, model.grid, self._num)
         self._optimizer.zero_grad()
         targets = targets_of(batch, recipe, model.grid)
-        add_gradients(model, batch, targets, box, recipe, parts=self._parts, bf16=self._bf16)
+        add_gradients(model, batch, targets, mix, recipe, parts=self._parts, bf16=self._bf16)
         gradients = [p for p in model.parameters() if p.grad is not None]
         nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
         self._optimizer.step()

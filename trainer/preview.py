@@ -5,12 +5,10 @@ The same sheet is written by `tl-train preview` before a run and to TensorBoard 
 
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
-from jaxtyping import Bool, Float32
+from jaxtyping import Float32
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -20,10 +18,12 @@ from ..labeler.sheet import stack
 from ..labeler.sources import unescape
 from ..shards.index import read_index
 from .feed import Batch, TrainFeed
-from .mix_token import MixBox, sample_box
+from .mix_token import MixBox
+from .mixup import PixelMix, draw_mix, mix_pixels, mix_targets
 from .models import create_model
 from .recipe import AugmentConfig, Recipe
 from .step import targets_of
+from .targets import pick
 
 _PICTURE_PX = 320
 _NUM_GUESSES = 3
@@ -39,7 +39,7 @@ def write_preview(
 
     Args:
         recipe: With the class count of the data set, see loop.resolve. Its batch is `num_crops`
-            here, so MixToken's partners are among those shown.
+            here, so the images that others are mixed with are among those shown.
         data: The data set's folder.
         out: PNG file to write.
         split: The data set's split to learn from.
@@ -65,10 +65,8 @@ def write_preview(
     )
     with closing(feed):
         batch = next(feed)
-    box = None
-    if recipe.model.mix_token:
-        box = sample_box(grid, np.random.default_rng([recipe.run.seed, 0]))
-    sheet = draw_crops(batch, recipe, grid, index.class_names, box=box, most=num_crops)
+    mix = draw_mix(recipe, grid, 0)
+    sheet = draw_crops(batch, recipe, grid, index.class_names, mix=mix, most=num_crops)
     out.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(out, format="PNG")
 
@@ -79,7 +77,7 @@ def draw_crops(
     grid: tuple[int, int],
     class_names: Sequence[str],
     *,
-    box: MixBox | None,
+    mix: MixBox | PixelMix | None,
     most: int,
 ) -> Image.Image:
     """Draw the first crops of a batch, as pixels and with their token targets, in two columns.
@@ -89,17 +87,19 @@ def draw_crops(
         recipe: What is taught.
         grid: Token (rows, cols) of the student.
         class_names: Display names, in the order of the logits.
-        box: What MixToken swaps: crops and targets are shown mixed.
+        mix: See mixup.draw_mix: crops and targets are shown mixed.
         most: Crops on the sheet.
     """
     num = min(most, len(batch.keys))
     front, back = slice(0, num), slice(len(batch.keys) - num, None)
-    shown, partners = _take(batch, front), _take(batch, back)
+    shown, partners = batch[front], batch[back]
     images, targets = shown.images, targets_of(shown, recipe, grid)
-    if box is not None:
-        mask = box.mask(images.device)
-        images = _mix_pixels(images, partners.images.flip(0), mask, grid)
-        targets = mix_targets(targets, _flip(targets_of(partners, recipe, grid)), box)
+    if isinstance(mix, MixBox):
+        mix = _in_pixels(mix, recipe.model.image_hw)
+    if mix is not None:
+        images = mix_pixels(images, partners.images.flip(0), mix)
+        mirrored = torch.arange(num - 1, -1, -1, device=images.device)
+        targets = mix_targets(targets, pick(targets_of(partners, recipe, grid), mirrored), mix)
     cards = []
     for i in range(num):
         crop = scaled(_to_image(images[i], recipe.augment), _PICTURE_PX)
@@ -112,72 +112,29 @@ def draw_crops(
             )
             card = with_legend(drawing, photo=crop, title=title)
         lines = [_text(f"Class target: {_best(targets, i, class_names)}")]
-        if box is not None and box.kept < 1:
-            lines.append(_text(f"mixed with {unescape(partners.keys[num - 1 - i])}"))
+        if mix is not None and mix.kept < 1:
+            partner = unescape(partners.keys[num - 1 - i])
+            lines.append(_text(f"mixed with {1 - mix.kept:.0%} of {partner}"))
+        weights = targets.token_weight[i]
+        lesser = weights[(weights > 0) & (weights < 1)]
+        if len(lesser):
+            least = f"the least {float(lesser.min()):.0%}"
+            lines.append(_text(f"{len(lesser)} cells count less than the others, {least}"))
         cards.append(stack([card, *lines]))
     return _in_columns(cards, 2)
 
 
-def mix_targets(targets: TokenTargets, partners: TokenTargets, box: MixBox) -> TokenTargets:
-    """Give each image's tokens inside the box its partner's targets, and mix the class targets.
-
-    The palettes are joined; a class may stand on both.
-    """
-    inside = box.mask(targets.tokens.device)
-    tokens = torch.cat(
-        [
-            torch.where(inside[:, None], partners.token_background[..., None], targets.tokens),
-            torch.where(inside[:, None], partners.tokens, targets.token_background[..., None]),
-        ],
-        2,
+def _in_pixels(box: MixBox, image_hw: tuple[int, int]) -> PixelMix:
+    """Say what the tokens that MixToken swaps show."""
+    (rows, cols), (height, width) = box.grid, image_hw
+    pixels = MixBox(
+        top=box.top * height // rows,
+        left=box.left * width // cols,
+        bottom=box.bottom * height // rows,
+        right=box.right * width // cols,
+        grid=image_hw,
     )
-    own, other = box.kept, 1 - box.kept
-    view = torch.cat(
-        [
-            own * targets.view + other * partners.view_background[:, None],
-            own * targets.view_background[:, None] + other * partners.view,
-        ],
-        1,
-    )
-    return TokenTargets(
-        palette=torch.cat([targets.palette, partners.palette], 1),
-        tokens=tokens,
-        token_background=torch.where(inside, partners.token_background, targets.token_background),
-        token_weight=torch.where(inside, partners.token_weight, targets.token_weight),
-        view=view,
-        view_background=own * targets.view_background + other * partners.view_background,
-        view_weight=own * targets.view_weight + other * partners.view_weight,
-        num_classes=targets.num_classes,
-    )
-
-
-def _take(batch: Batch, which: slice) -> Batch:
-    return Batch(
-        images=batch.images[which],
-        classes=batch.classes[which],
-        views=batch.views[which],
-        maps=None if batch.maps is None else batch.maps[which],
-        keys=batch.keys[which],
-        frames=None if batch.frames is None else batch.frames[which],
-    )
-
-
-def _flip(targets: TokenTargets) -> TokenTargets:
-    tensors = {n: v for n, v in vars(targets).items() if isinstance(v, Tensor)}
-    return replace(targets, **{name: tensor.flip(0) for name, tensor in tensors.items()})
-
-
-def _mix_pixels(
-    images: Float32[Tensor, "b 3 h w"],
-    partners: Float32[Tensor, "b 3 h w"],
-    mask: Bool[Tensor, " n"],
-    grid: tuple[int, int],
-) -> Float32[Tensor, "b 3 h w"]:
-    height, width = images.shape[2:]
-    rows = torch.arange(height, device=mask.device) * grid[0] // height
-    cols = torch.arange(width, device=mask.device) * grid[1] // width
-    inside = mask.unflatten(0, grid)[rows[:, None], cols]
-    return torch.where(inside, partners, images)
+    return PixelMix(box=pixels, kept_inside=0.0, tokens=box.grid)
 
 
 def _to_image(pixels: Float32[Tensor, "3 h w"], augment: AugmentConfig) -> Image.Image:

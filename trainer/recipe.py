@@ -15,11 +15,13 @@ import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 from .augment_draws import Interpolation, Policy, parse_policy
 
 RECIPE_FOLDER = Path(__file__).parent / "recipes"
+
+_Record = TypeVar("_Record")
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -115,6 +117,18 @@ class AugmentConfig:
     """Probability that a random rectangle of the crop is erased."""
     erasing_mode: Literal["pixel"] = "pixel"
     """What fills the rectangle: "pixel" is normal noise for each pixel and channel."""
+    mixup: float = 0.0
+    """α of mixup: a batch is blended with itself reversed, λ drawn from Beta(α, α); 0 is off. Only
+    without model.mix_token, as the next three."""
+    cutmix: float = 0.0
+    """α of CutMix: a box of pixels, of 1 - λ of the area, is swapped instead; 0 is off."""
+    mix_prob: float = 1.0
+    """Probability that a batch is mixed, where one of them is on."""
+    mix_switch_prob: float = 0.5
+    """Probability that a batch gets CutMix, not mixup, where both are on."""
+    repeats: int = 1
+    """How many crops of an image a batch holds, each augmented differently: repeated augmentation.
+    An epoch has as many crops as ever, and so that many times fewer images."""
     interpolation: Interpolation = "random"
     """Resampling of the crop, and of RandAugment's geometric operations; "random" draws bicubic or
     bilinear for each."""
@@ -138,6 +152,13 @@ class AugmentConfig:
         _check("augment.color_jitter", self.color_jitter, 0 <= self.jitter <= most, allowed)
         erasing = self.random_erasing
         _check("augment.random_erasing", erasing, 0 <= erasing <= 1, "0 to 1")
+        for name in ("mixup", "cutmix"):
+            alpha = getattr(self, name)
+            _check(f"augment.{name}", alpha, 0 <= alpha < math.inf, ">= 0; 0 is off")
+        for name in ("mix_prob", "mix_switch_prob"):
+            probability = getattr(self, name)
+            _check(f"augment.{name}", probability, 0 <= probability <= 1, "0 to 1")
+        _check("augment.repeats", self.repeats, self.repeats >= 1, ">= 1")
         _check("augment.mean", self.mean, all(0 <= m <= 1 for m in self.mean), "0 to 1")
         _check("augment.std", self.std, all(s > 0 for s in self.std), "> 0")
 
@@ -326,11 +347,15 @@ class Recipe:
     def __post_init__(self) -> None:
         low, peak = self.schedule.min_lr, self.optim.lr
         _check("schedule.min_lr", low, low <= peak, f"at most optim.lr = {peak}")
+        for name in ("mixup", "cutmix"):
+            alpha, allowed = getattr(self.augment, name), "0 beside model.mix_token, which mixes"
+            allowed += " each batch already; to have it instead, set model.mix_token = false"
+            _check(f"augment.{name}", alpha, not (alpha and self.model.mix_token), allowed)
 
 
-def recipe_names() -> list[str]:
+def recipe_names(folder: Path = RECIPE_FOLDER) -> list[str]:
     """List the recipes that ship with the package."""
-    return sorted(path.stem for path in RECIPE_FOLDER.glob("*.toml"))
+    return sorted(path.stem for path in folder.glob("*.toml"))
 
 
 def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
@@ -347,40 +372,49 @@ def load_recipe(name_or_file: str, overrides: Iterable[str] = ()) -> Recipe:
     return parse_recipe(find_recipe(name_or_file).read_text(encoding="utf-8"), overrides)
 
 
-def find_recipe(name_or_file: str) -> Path:
+def find_recipe(name_or_file: str, folder: Path = RECIPE_FOLDER) -> Path:
     """Locate a recipe's TOML file by its shipped name or path."""
     if name_or_file.endswith(".toml"):
         path = Path(name_or_file)
         if not path.is_file():
             raise FileNotFoundError(f"recipe file {path} does not exist")
         return path
-    if name_or_file not in recipe_names():
+    names = recipe_names(folder)
+    if name_or_file not in names:
         raise ValueError(
-            f"unknown recipe {name_or_file!r}{_closest(name_or_file, recipe_names())}; "
-            f"known: {', '.join(recipe_names())}, or the path of a .toml file"
+            f"unknown recipe {name_or_file!r}{_closest(name_or_file, names)}; "
+            f"known: {', '.join(names)}, or the path of a .toml file"
         )
-    return RECIPE_FOLDER / f"{name_or_file}.toml"
+    return folder / f"{name_or_file}.toml"
 
 
 def parse_recipe(text: str, overrides: Iterable[str] = ()) -> Recipe:
     """Read a recipe from TOML text, see `load_recipe`."""
+    return parse_record(Recipe, text, overrides)
+
+
+def parse_record(cls: type[_Record], text: str, overrides: Iterable[str] = ()) -> _Record:
+    """Read a recipe of another kind than `Recipe`, too: a dataclass of dataclasses like those here.
+
+    Raises: see `load_recipe`.
+    """
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ValueError(f"the recipe is not valid TOML: {error}") from error
     for assignment in overrides:
         _assign(table, assignment)
-    return _build(Recipe, table, "")
+    return build_record(cls, table, "")
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
+def differences(old: _Record, new: _Record) -> list[str]:
     """Name the keys in which two recipes differ, as "section.key"."""
     before, after = _flatten(old, ""), _flatten(new, "")
     return [name for name in before if before[name] != after[name]]
 
 
-def to_toml(recipe: Recipe) -> str:
-    """Write a recipe with all defaults spelled out; `parse_recipe` gives the same recipe back."""
+def to_toml(recipe: Any) -> str:
+    """Write a recipe with all defaults spelled out; `parse_record` gives the same recipe back."""
     return "\n".join(_toml_lines(recipe, "")) + "\n"
 
 
@@ -392,7 +426,17 @@ def _closest(name: str, known: Iterable[str]) -> str:
 # ------------------------------------------------------------------- TOML tables → records
 
 
-def _build(cls: type[Any], table: dict[str, Any], prefix: str) -> Any:
+def build_record(cls: type[Any], table: dict[str, Any], prefix: str) -> Any:
+    """Fill a dataclass of the kind above from a table of TOML.
+
+    Args:
+        cls: The dataclass; its fields are the keys.
+        table: What the file says.
+        prefix: The table's own name and a dot, for messages; empty for the whole file.
+
+    Raises:
+        ValueError: Unknown key, a value of another kind or out of range; says what is allowed.
+    """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in table:
         if key not in fields:
@@ -413,7 +457,7 @@ def _coerce(value: Any, wanted: Any, name: str) -> Any:
     if dataclasses.is_dataclass(wanted):
         if not isinstance(value, dict):
             raise ValueError(f"{name} = {value!r} is not a table; write [{name}] and keys below it")
-        return _build(wanted, value, f"{name}.")  # pyright: ignore[reportArgumentType]
+        return build_record(wanted, value, f"{name}.")  # pyright: ignore[reportArgumentType]
     if origin is Literal:
         if value not in args:
             raise ValueError(f"{name} = {value!r}; allowed: {', '.join(map(repr, args))}")
@@ -458,7 +502,7 @@ def _kind(wanted: Any) -> str:
 
 
 def _assign(table: dict[str, Any], assignment: str) -> None:
-    """Put "section.key=value" into the nested table, checking only what `_build` cannot."""
+    """Put "section.key=value" into the nested table, checking only what `build_record` cannot."""
     path, equals, raw = assignment.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):

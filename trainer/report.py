@@ -497,7 +497,9 @@ def _prediction_card(
     for who, answers in {"Teacher": teacher, "Student": student}.items():
         if answers is None:
             continue
-        ranking = page.ranking(_ranked(answers, i, names), right=names[shown.sample(i).class_index])
+        ranking = page.ranking(
+            _ranked(answers, i, names), right=[names[shown.sample(i).class_index]]
+        )
         picture = scaled(crop, _PICTURE_PX)
         if dense or answers is teacher:
             drawing = draw_token_targets(

@@ -1,4 +1,4 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard events, curves.png, environment.json.
+"""What a run writes about itself: metrics.jsonl, dashboards, curves.png, environment.json.
 
 metrics.jsonl holds one JSON object a line, each with `kind`, `step` (steps taken so far) and
 `epoch`; units are in the names:
@@ -21,15 +21,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from PIL import Image
+
+from .dashboards import WANDB_FOLDER, WANDB_ID, Dashboard
+from .evaluate import EvalResult
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -38,56 +41,121 @@ RECIPE = "recipe.toml"
 CHECKPOINTS = "checkpoints"
 TENSORBOARD = "tensorboard"
 REPORT = "report.html"
-_CONTENT = {METRICS, CURVES, ENVIRONMENT, RECIPE, CHECKPOINTS, TENSORBOARD, REPORT}
+PREDICTIONS = "predictions.png"
+"""Of segmentation runs."""
+_CONTENT = {
+    *(METRICS, CURVES, ENVIRONMENT, RECIPE, CHECKPOINTS, TENSORBOARD, REPORT, PREDICTIONS),
+    *(WANDB_FOLDER, WANDB_ID),
+}
+
+Panel = tuple[str, str, tuple[str, ...]]
+"""Of curves.png: its title, the kind of the lines of metrics.jsonl, and which of their values."""
+PANELS: tuple[Panel, ...] = (
+    ("loss", "train", ("loss", "class_loss", "dense_loss")),
+    ("top-1 in %", "eval", ("raw_top1", "ema_top1")),
+    ("learning rate", "train", ("lr",)),
+)
+
 _SECS_BETWEEN_DRAWINGS = 60
 _PACKAGES = ("torch", "torchvision", "timm", "nvidia-dali-cuda130", "nvidia-dali-cuda120", "numpy")
 
 
 class RunLog:
-    """Writes metrics as they come.
+    """Writes metrics as they come; a context manager.
 
     Args:
         folder: The run folder.
         step: Steps already taken. Lines of later steps, which a killed run has left behind, are
             dropped: the run will write them again.
+        dashboards: Where numbers and pictures are shown besides; closed with this.
+        panels: Of curves.png, see draw_curves.
     """
 
-    def __init__(self, folder: Path, *, step: int = 0) -> None:
-        from torch.utils.tensorboard import SummaryWriter  # slow to import
-
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        step: int = 0,
+        dashboards: Sequence[Dashboard] = (),
+        panels: Sequence[Panel] = PANELS,
+    ) -> None:
         self.folder = folder
+        self._panels = panels
+        self._dashboards = dashboards
         lines = [json.dumps(line) + "\n" for line in read_metrics(folder) if line["step"] <= step]
         replace_text(folder / METRICS, "".join(lines))
         self._file = (folder / METRICS).open("a", encoding="utf-8")
-        self._events = SummaryWriter(folder / TENSORBOARD, purge_step=step + 1)
         self._drawn_at = time.monotonic()
 
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=kind is not None)
+
     def write(self, kind: str, step: int, epoch: float, values: Mapping[str, Any]) -> None:
-        """Append one line, and its numbers as TensorBoard scalars KIND/NAME."""
+        """Append one line, and show its numbers as KIND/NAME."""
         line = {"kind": kind, "step": step, "epoch": round(epoch, 4), **values}
         # JSON has no NaN; a line that not every reader can parse is worse than a missing number.
         self._file.write(json.dumps({k: _finite_or_none(v) for k, v in line.items()}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float):
-                self._events.add_scalar(f"{kind}/{name}", value, step)
+        numbers = {f"{kind}/{n}": v for n, v in values.items() if isinstance(v, int | float)}
+        for dashboard in self._dashboards if numbers else ():
+            dashboard.numbers(step, numbers)
 
     def show(self, name: str, step: int, picture: Image.Image) -> None:
-        """Give TensorBoard a picture."""
-        pixels = np.asarray(picture.convert("RGB"))
-        self._events.add_image(name, pixels, step, dataformats="HWC")
+        """Show a picture on the dashboards."""
+        for dashboard in self._dashboards:
+            dashboard.picture(step, name, picture)
 
     def draw(self) -> None:
         """Draw curves.png anew, unless that was done a moment ago."""
         if time.monotonic() - self._drawn_at > _SECS_BETWEEN_DRAWINGS:
-            draw_curves(read_metrics(self.folder), self.folder / CURVES)
+            self._draw()
             self._drawn_at = time.monotonic()
 
-    def close(self) -> None:
-        """Flush everything and draw curves.png a last time."""
-        self._file.close()
-        self._events.close()
-        draw_curves(read_metrics(self.folder), self.folder / CURVES)
+    def close(self, *, failed: bool = False) -> None:
+        """Flush everything and draw curves.png a last time; an error ends the run if `failed`."""
+        with ExitStack() as stack:
+            stack.callback(self._draw)
+            for dashboard in self._dashboards:
+                stack.callback(dashboard.close, failed=failed)
+            self._file.close()
+
+    def _draw(self) -> None:
+        draw_curves(read_metrics(self.folder), self.folder / CURVES, self._panels)
+
+
+def summarise(
+    results: Mapping[str, EvalResult], done: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """Flatten evaluations of raw and averaged weights into a line, and name the better one.
+
+    Returns:
+        The values of a line of kind "eval", and of the better weights what Checkpoint.best holds.
+    """
+    metrics: dict[str, float] = {"num_images": float(results["raw"]["num_images"])}
+    for weights, result in results.items():
+        metrics[f"{weights}_top1"] = result["top1"]
+        metrics[f"{weights}_top5"] = result["top5"]
+        metrics[f"{weights}_loss"] = result["loss"]
+    candidates = [
+        {"top1": result["top1"], "loss": result["loss"], "step": done, "weights": weights}
+        for weights, result in results.items()
+    ]
+    # Where top-1 is the same, the lower loss is better.
+    return metrics, max(candidates, key=lambda found: (found["top1"], -found["loss"]))
+
+
+def in_words(metrics: Mapping[str, float]) -> str:
+    """Put a line of kind "eval" into words."""
+    parts = [
+        f"{weights} top-1 {metrics[f'{weights}_top1']:.2f} %, "
+        f"top-5 {metrics[f'{weights}_top5']:.2f} %, loss {metrics[f'{weights}_loss']:.4g}"
+        for weights in ("raw", "ema")
+        if f"{weights}_top1" in metrics
+    ]
+    return f"{'; '.join(parts)} on {metrics['num_images']:.0f} images"
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -155,17 +223,14 @@ def write_environment(folder: Path, *, step: int, about: dict[str, Any]) -> None
     replace_text(path, json.dumps(starts, indent=1) + "\n")
 
 
-def draw_curves(metrics: list[dict[str, Any]], path: Path) -> None:
-    """Draw loss, accuracy and learning rate over the steps, as a PNG."""
+def draw_curves(
+    metrics: list[dict[str, Any]], path: Path, panels: Sequence[Panel] = PANELS
+) -> None:
+    """Draw values over the steps, as a PNG; unless told otherwise loss, accuracy, learning rate."""
     figure = Figure(figsize=(12, 3.6))
     figure.subplots_adjust(left=0.05, right=0.98, bottom=0.15, wspace=0.25)
-    panels = figure.subplots(1, 3)
-    panel_lines = [
-        ("loss", "train", ("loss", "class_loss", "dense_loss")),
-        ("top-1 in %", "eval", ("raw_top1", "ema_top1")),
-        ("learning rate", "train", ("lr",)),
-    ]
-    for axes, (title, kind, names) in zip(panels, panel_lines):
+    subplots = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (title, kind, names) in zip(subplots, panels):
         for name in names:
             points = [
                 (line["step"], line[name])

@@ -1,15 +1,15 @@
 """From a batch to its gradients: forward and backward pass, at once or in parts.
 
 A batch too large for a device is computed in parts whose gradients are added. Each part holds
-images from the front of the batch and their MixToken partners from its back, and its loss is
+images from the front of the batch and their partners in mixing from its back, and its loss is
 divided by the number of parts: so targets, mixed pairs and loss are those of the whole batch, and
 only batch norm, which sees a part at a time, and the draws of stochastic depth differ.
 """
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from typing import Literal
 
+import numpy as np
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from ..labeler.geometry import TokenTargets
 from .feed import Batch
 from .loss import TokenLabelLoss, token_label_loss
 from .mix_token import MixBox
+from .mixup import PixelMix, mix_pixels, mix_targets
 from .recipe import Recipe, RunConfig
-from .targets import batch_targets
+from .targets import batch_targets, pick
 
 
 def share_of(batch_size: int, num_processes: int) -> int:
@@ -37,6 +38,22 @@ def share_of(batch_size: int, num_processes: int) -> int:
     return batch_size // num_processes
 
 
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Mix the three into one 64-bit seed; neighbouring steps and ranks get unrelated ones."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0])
+
+
+def batch_statistics(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Pair each buffer with a copy of what it holds now."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
+def restore_if(bad: Tensor, saved: list[tuple[Tensor, Tensor]]) -> None:
+    """Undo what a bad step did to them: one NaN in a running mean would stay for ever."""
+    for buffer, before in saved:
+        buffer.copy_(torch.where(bad.bool(), before, buffer))
+
+
 def precision_on(device: torch.device, config: RunConfig) -> Literal["bf16", "fp32"]:
     """Choose the arithmetic of the forward pass."""
     if config.precision == "auto":
@@ -51,7 +68,7 @@ def is_compiled_on(device: torch.device, config: RunConfig) -> bool:
 
 
 def num_parts(num_images: int, most: int | None) -> int:
-    """Find the smallest number of equal parts, of whole MixToken pairs, that hold few enough.
+    """Find the smallest number of equal parts, of whole mixed pairs, that hold few enough.
 
     Args:
         num_images: A process's share of a step.
@@ -99,7 +116,7 @@ def add_gradients(
     trained: nn.Module,
     batch: Batch,
     targets: TokenTargets,
-    box: MixBox | None,
+    mix: MixBox | PixelMix | None,
     recipe: Recipe,
     *,
     parts: int,
@@ -112,7 +129,7 @@ def add_gradients(
             once, after the last part.
         batch: This process's share of the step.
         targets: See `targets_of`.
-        box: What MixToken swaps, in all parts alike; None mixes nothing.
+        mix: See mixup.draw_mix; all parts are mixed alike.
         recipe: Gives the weights of the losses.
         parts: See `num_parts`.
         bf16: Whether the forward pass computes in bfloat16.
@@ -120,12 +137,17 @@ def add_gradients(
     Returns:
         The losses of the whole batch.
     """
+    box = mix if isinstance(mix, MixBox) else None
     losses = []
     for part in range(parts):
         images, taught = batch.images, targets
         if parts > 1:
             rows = rows_of_part(part, len(images), parts).to(images.device)
-            images, taught = images[rows], _take(targets, rows)
+            images, taught = images[rows], pick(targets, rows)
+        if isinstance(mix, PixelMix):
+            mirrored = torch.arange(len(images) - 1, -1, -1, device=images.device)
+            taught = mix_targets(taught, pick(taught, mirrored), mix)
+            images = mix_pixels(images, images[mirrored], mix)
         is_last = part == parts - 1
         with nullcontext() if is_last else _without_exchange(trained):
             with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
@@ -145,8 +167,3 @@ def add_gradients(
 
 def _without_exchange(trained: nn.Module) -> AbstractContextManager[None]:
     return trained.no_sync() if isinstance(trained, DistributedDataParallel) else nullcontext()
-
-
-def _take(targets: TokenTargets, rows: Int64[Tensor, " r"]) -> TokenTargets:
-    tensors = {n: v for n, v in vars(targets).items() if isinstance(v, Tensor)}
-    return replace(targets, **{name: tensor[rows] for name, tensor in tensors.items()})

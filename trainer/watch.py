@@ -1,14 +1,15 @@
-"""What the loop keeps an eye on without holding up the device: health, speed, the wish to stop."""
+"""What the loop keeps an eye on without holding up the device: health, speed, lost memory."""
 
 import logging
 import math
+import os
 import signal
+import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -93,16 +94,27 @@ class _Flags:
 
 
 class Window:
-    """Means over the steps since the last line of metrics.jsonl, summed up on the device."""
+    """Means over the steps since the last line of metrics.jsonl, summed up on the device.
 
-    def __init__(self, place: Place) -> None:
+    Args:
+        place: This process among all.
+        names: Of the values of a step, in the order in which `add` gets them.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        names: Sequence[str] = ("loss", "class_loss", "dense_loss", "grad_norm"),
+    ) -> None:
         self._place = place
+        self._names = tuple(names)
         self.restart()
 
     def restart(self) -> None:
         """Forget all steps; time begins now."""
-        # total, class and dense loss, gradient norm, number of finite steps
-        self._sums = torch.zeros(5, dtype=torch.float64, device=self._place.device)
+        # the last one: number of finite steps
+        size = len(self._names) + 1
+        self._sums = torch.zeros(size, dtype=torch.float64, device=self._place.device)
         self._num_steps = 0
         self._waited_secs = 0.0
         self._begun = time.perf_counter()
@@ -124,9 +136,9 @@ class Window:
         """Return the means and speeds, and restart."""
         sums = reduce(self._place, self._sums, "sum").tolist()
         secs = time.perf_counter() - self._begun
-        names = ("loss", "class_loss", "dense_loss", "grad_norm")
         values = {
-            name: total / sums[-1] if sums[-1] else math.nan for name, total in zip(names, sums)
+            name: total / sums[-1] if sums[-1] else math.nan
+            for name, total in zip(self._names, sums)
         }
         values["images_per_sec"] = self._num_steps * batch_size / secs
         values["data_wait"] = self._waited_secs / secs
@@ -136,28 +148,55 @@ class Window:
         return values
 
 
-class StopSignal:
-    """Turns SIGTERM and Ctrl-C into a flag, once; a second one acts as it always does."""
+@contextmanager
+def naming_bus_errors(describe: Callable[[], str]) -> Iterator[None]:
+    """End the process with status 2 and one line where a mapped file cannot be read any more.
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
+    Shards are read as mapped memory, by threads of DALI. Where a page of one is gone (the file was
+    cut short, the disk or its server fails), the kernel sends SIGBUS, which no code can go on from.
+    Python's own handlers wait for the main thread; the byte that each signal sends to the wake-up
+    descriptor does not.
 
-    def __enter__(self) -> "StopSignal":
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._on_signal)
-        return self
+    Args:
+        describe: Gives the line; called in another thread than the main one.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main one may set handlers
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
 
-    def __exit__(self, *_: object) -> None:
-        self._restore()
+    def wait() -> None:
+        while number := os.read(reading, 1):
+            if number[0] == signal.SIGBUS:
+                end_of_bar = "\n" if sys.stderr.isatty() else ""
+                os.write(sys.stderr.fileno(), f"{end_of_bar}{describe()}\n".encode())
+                os._exit(2)  # the page is asked for again and again: nothing else can end here
 
-    def _on_signal(self, _number: int, _frame: object) -> None:
-        # Nothing is logged here: the signal may have come in the middle of writing to stderr.
-        self.requested = True
-        self._restore()
+    watcher = threading.Thread(target=wait, daemon=True, name="bus errors")
+    fd_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    before = signal.signal(signal.SIGBUS, lambda number, frame: None)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGBUS, before or signal.SIG_DFL)
+        signal.set_wakeup_fd(fd_before)
+        os.close(writing)
+        watcher.join()
+        os.close(reading)
 
-    def _restore(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+
+def in_short(values: Mapping[str, float]) -> str:
+    """Put a line of metrics.jsonl into the words of the progress line."""
+    memory = f", {values['gpu_memory_gb']:.1f} GB" if "gpu_memory_gb" in values else ""
+    return (
+        f"loss {values['loss']:.4g}, lr {values['lr']:.3g}, "
+        f"{values['images_per_sec']:.4g} images/s, data wait {values['data_wait']:.0%}{memory}"
+    )
+
+
+def clock(secs: float) -> str:
+    """Write a time as hours:minutes:seconds."""
+    minutes, seconds = divmod(round(secs), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"

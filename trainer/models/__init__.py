@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..recipe import ModelConfig
 from .lvvit import LVViT
 from .t2t_vit import T2TViT
-from .token_labeled import TokenLabeled
+from .token_labeled import TokenLabeled, narrow_heads
 
 _CLASS_OF = {
     **dict.fromkeys(["lvvit_t", "lvvit_s", "lvvit_m", "lvvit_l"], LVViT),
@@ -169,19 +169,23 @@ def _create_timm(config: ModelConfig, pretrained: bool) -> nn.Module:
     }
     while True:
         try:
-            return _build(config, pretrained, options)
+            backbone = _build(config, pretrained, options)
         except TypeError as error:  # comes before any weight is made
-            unknown = [name for name in options if f"'{name}'" in str(error)]
-            if unknown == ["drop_path_rate"] and config.drop_path:
+            unknown = {name for name in options if f"'{name}'" in str(error)}
+            if "drop_path_rate" in unknown and config.drop_path:
                 raise ValueError(
                     f"model.drop_path = {config.drop_path}: {config.name} has no stochastic depth; "
                     "--set model.drop_path=0"
                 ) from error
-            if unknown not in (["img_size"], ["drop_path_rate"]):
+            if not unknown or not unknown <= {"img_size", "drop_path_rate"} - set(config.kwargs):
                 raise ValueError(
                     f"model.kwargs = {config.kwargs} does not build {config.name}: {error}"
                 ) from error
-            del options[unknown[0]]
+            options = {name: value for name, value in options.items() if name not in unknown}
+        else:
+            if not pretrained or backbone.pretrained_cfg["num_classes"] != config.num_classes:
+                narrow_heads(backbone)
+            return backbone
 
 
 def _build(config: ModelConfig, pretrained: bool, options: dict[str, Any]) -> Any:

@@ -237,8 +237,8 @@ class LVViT(nn.Module):
         self.num_classes = num_classes
         self.head = self._new_head().to(self.pos_embed.device)
         self.aux_head = self._new_head().to(self.pos_embed.device)
-        self.head.apply(_init_module)
-        self.aux_head.apply(_init_module)
+        self.head.apply(init_module)
+        self.aux_head.apply(init_module)
 
     def _new_head(self) -> nn.Module:
         return nn.Linear(self.embed_dim, self.num_classes) if self.num_classes else nn.Identity()
@@ -246,10 +246,11 @@ class LVViT(nn.Module):
     def _init_weights(self) -> None:
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         nn.init.trunc_normal_(self.cls_token, std=0.02)
-        self.apply(_init_module)
+        self.apply(init_module)
 
 
-def _init_module(module: nn.Module) -> None:
+def init_module(module: nn.Module) -> None:
+    """Draw the first weights of a linear layer; leave any other module as it is."""
     # Convolutions keep torch's initialisation, and so do norms: theirs is 1 and 0 anyway.
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)

@@ -2,7 +2,9 @@
 
 The dense head sees of each cell of the last feature map (or of each patch token) what the class
 head would see of an image of that one cell: timm's own pooling, norm and hidden layer on the way to
-the classifier, then a linear layer of its own, `aux_head`. VOLO has that layer already.
+the classifier, then a linear layer of its own, `aux_head`. VOLO has that layer already. Where there
+is batch norm on that way (MobileNetV4, EfficientViT), the dense head sees the cells themselves: as
+images of their own they would spoil the statistics of whole ones.
 
 Weights keep timm's names, without a prefix, so that plain timm reads them. A student that is taught
 class labels only has no `aux_head`, and its files are timm's to the last name.
@@ -13,7 +15,8 @@ networks it is CutMix on the grid of cells. VOLO's stem looks across patches, an
 swapped behind it, as its authors do.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -29,6 +32,9 @@ Layout = Literal["nchw", "nhwc", "tokens"]
 DENSE_HEAD = "aux_head"
 """Name of the dense head among the weights."""
 _USUAL_STRIDE_PX = 32
+_NEW_HEAD_STD = 0.01
+_WIDE_LOGIT_STD = 1.0
+"""Of first logits on features of unit variance; usual initialisations give 0.2 to 0.7."""
 
 
 class TokenLabeled(nn.Module):
@@ -54,20 +60,24 @@ class TokenLabeled(nn.Module):
         super().__init__()
         self.backbone = backbone
         self.num_classes = int(backbone.num_classes)  # pyright: ignore[reportArgumentType]
-        features = _features_of_blank(backbone, image_size)
         stride_px = _stride_px(backbone)
         self.grid = (max(1, image_size[0] // stride_px), max(1, image_size[1] // stride_px))
         """Cells (rows, cols)."""
-        layout = _layout(backbone, features, self.grid)
-        if layout is None and dense:
-            raise ValueError(_no_grid(features, image_size, stride_px))
-        self._layout: Layout = layout or "nchw"
-        self._num_prefix = 0
-        if self._layout == "tokens":
-            self._num_prefix = features.shape[1] - self.grid[0] * self.grid[1]
-        if dense and self._dense_head is None:
-            width = self._hidden(self._cells(features)[:, :1]).shape[-1]
-            backbone.add_module(DENSE_HEAD, _new_head(width, self.num_classes))
+        with _evaluating(backbone):
+            features = _features_of_blank(backbone, image_size)
+            layout = _layout(backbone, features, self.grid)
+            if dense and (layout is None or any(side % stride_px for side in image_size)):
+                raise ValueError(_no_grid(features, image_size, stride_px))
+            self._layout: Layout = layout or "nchw"
+            self._num_prefix = 0
+            if self._layout == "tokens":
+                self._num_prefix = features.shape[1] - self.grid[0] * self.grid[1]
+            self._sees_cells_themselves = dense and _has_batch_norm_in_head(backbone, features)
+            if dense and self._dense_head is None:
+                width = self._hidden(self._cells(features)[:, :1]).shape[-1]
+                head = nn.Linear(width, self.num_classes)
+                draw_small(head)
+                backbone.add_module(DENSE_HEAD, head)
 
     def forward(
         self, images: Float[Tensor, "b 3 h w"], box: MixBox | None = None
@@ -139,8 +149,7 @@ class TokenLabeled(nn.Module):
     @property
     def head_names(self) -> tuple[str, ...]:
         """Name the layers that have one output a class."""
-        found: Any = getattr(self.backbone, "pretrained_cfg", {}).get("classifier") or ()
-        names = (found,) if isinstance(found, str) else tuple(found)
+        names = classifier_names(self.backbone)
         return names if DENSE_HEAD in names else (*names, DENSE_HEAD)
 
     @property
@@ -179,6 +188,8 @@ class TokenLabeled(nn.Module):
 
     def _hidden(self, cells: Float[Tensor, "b n d"]) -> Float[Tensor, "b n e"]:
         """Take each cell, as if it were an image of its own, up to the classifier."""
+        if self._sees_cells_themselves:
+            return cells
         flat = cells.flatten(0, 1)
         if self._layout == "tokens":
             # Whichever token the head reads, the class token or the mean of the rest, it is this.
@@ -189,11 +200,30 @@ class TokenLabeled(nn.Module):
         return hidden.flatten(1).unflatten(0, cells.shape[:2])
 
 
-def _new_head(width: int, num_classes: int) -> nn.Linear:
-    head = nn.Linear(width, num_classes)
-    nn.init.trunc_normal_(head.weight, std=0.02)
-    nn.init.zeros_(head.bias)
-    return head
+def narrow_heads(backbone: nn.Module) -> None:
+    """Draw classifiers with wide initial weights anew, so that a loss begins near ln(classes).
+
+    timm draws EfficientNet's the wider, the fewer classes there are: for 4 classes a first loss of
+    3 to 5 instead of 1.4, and gradients that undo what a pretrained network knows.
+    """
+    for name in classifier_names(backbone):
+        layer = backbone.get_submodule(name)
+        if isinstance(layer, nn.Linear | nn.Conv2d) and not layer.weight.is_meta:
+            if layer.weight.square().sum() / len(layer.weight) > _WIDE_LOGIT_STD**2:
+                draw_small(layer)
+
+
+def draw_small(layer: nn.Linear | nn.Conv2d) -> None:
+    """Draw the first weights of a head so small that it favours no class."""
+    nn.init.trunc_normal_(layer.weight, std=_NEW_HEAD_STD)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def classifier_names(backbone: nn.Module) -> tuple[str, ...]:
+    """Name timm's own layers that have one output a class."""
+    found: Any = getattr(backbone, "pretrained_cfg", {}).get("classifier") or ()
+    return (found,) if isinstance(found, str) else tuple(found)
 
 
 def _swap(
@@ -204,19 +234,35 @@ def _swap(
     return torch.where(area, maps.flip(0), maps)
 
 
-@torch.no_grad()
-def _features_of_blank(backbone: nn.Module, image_size: tuple[int, int]) -> Tensor:
+@contextmanager
+def _evaluating(backbone: nn.Module) -> Iterator[None]:
     was_training = backbone.training
     backbone.eval()
     try:
-        features = backbone.forward_features(torch.zeros(1, 3, *image_size))  # pyright: ignore[reportCallIssue]
+        with torch.no_grad():
+            yield
+    finally:
+        backbone.train(was_training)
+
+
+def _features_of_blank(backbone: nn.Module, image_size: tuple[int, int]) -> Any:
+    try:
+        return backbone.forward_features(torch.zeros(1, 3, *image_size))  # pyright: ignore[reportCallIssue]
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         reason = (str(error).strip() or "no reason given").splitlines()[0]
         height, width = image_size
         raise ValueError(f"it does not take images of {height} × {width} px: {reason}") from error
-    finally:
-        backbone.train(was_training)
-    return features
+
+
+def _has_batch_norm_in_head(backbone: nn.Module, features: Tensor) -> bool:
+    """Tell whether features meet batch norm on their way to the classifier."""
+    met: list[nn.Module] = []
+    norms = [m for m in backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda norm, _: met.append(norm)) for norm in norms]
+    backbone.forward_head(features, pre_logits=True)  # pyright: ignore[reportCallIssue]
+    for hook in hooks:
+        hook.remove()
+    return bool(met)
 
 
 def _stride_px(backbone: nn.Module) -> int:

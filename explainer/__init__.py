@@ -1,0 +1,1 @@
+"""What a model looked at: heatmaps, and how faithful they are."""

@@ -1,0 +1,1 @@
+"""LV-ViT + UperNet: data, training, evaluation, pictures."""

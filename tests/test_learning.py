@@ -1,0 +1,159 @@
+"""What benchmarks/learning.py adds to the commands it runs: the published geometry, and statistics."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_map
+from scipy.stats import ttest_rel
+
+from tokenlabel.labeler.geometry import PaletteMaps, crop_view, flip_view, sample_targets
+from tokenlabel.trainer.feed import Batch
+
+BENCHMARKS = str(Path(__file__).parents[1] / "benchmarks")
+
+
+@pytest.fixture(scope="module")
+def learning():
+    sys.path.insert(0, BENCHMARKS)
+    yield importlib.import_module("learning")
+    sys.path.remove(BENCHMARKS)
+
+
+class OneBatch:
+    """A feed of the same batch for ever."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch, self.is_closed = batch, False
+
+    def __next__(self) -> Batch:
+        return self.batch
+
+    def state(self) -> str:
+        return "here"
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def a_batch(boxes: torch.Tensor) -> tuple[Batch, list]:
+    rng = np.random.default_rng(0)
+    levels = [random_map(rng, grid=(6, 6), window=(0.2, 0.0, 0.8, 1.0))]
+    batch = Batch(
+        images=torch.rand(len(boxes), 3, 8, 8),
+        classes=torch.arange(len(boxes)),
+        views=crop_view(boxes),
+        maps=PaletteMaps.from_label_maps([levels] * len(boxes)),
+        keys=[str(i) for i in range(len(boxes))],
+    )
+    return batch, levels
+
+
+BOXES = torch.tensor([[0.0, 0.1, 0.4, 0.9], [0.5, 0.2, 0.9, 0.6], [0.0, 0.0, 1.0, 1.0]])
+
+
+def test_the_published_geometry_is_that_of_the_alignment_benchmark(learning):
+    alignment = importlib.import_module("alignment")
+    batch, levels = a_batch(BOXES)
+    read = next(learning.PublishedGeometry(OneBatch(batch)))
+    assert read.maps is not None
+    targets = sample_targets(read.maps, read.views, (4, 4), fill="zero")
+    expected = alignment.published(mend_axes=False)(levels, BOXES, (4, 4))
+    torch.testing.assert_close(targets.dense_tokens(), expected.dense_tokens())
+    torch.testing.assert_close(targets.dense_view(), expected.dense_view())
+    assert batch.maps is not None
+    ours = sample_targets(batch.maps, batch.views, (4, 4), fill="zero")
+    assert (targets.dense_tokens() - ours.dense_tokens()).abs().max() > 0.1
+
+
+def test_the_published_geometry_changes_labels_alone(learning):
+    batch, _ = a_batch(BOXES)
+    inner = OneBatch(batch)
+    feed = learning.PublishedGeometry(inner)
+    read = next(feed)
+    assert read.images is batch.images and read.classes is batch.classes
+    assert read.keys == batch.keys and feed.state() == "here"
+    feed.close()
+    assert inner.is_closed
+
+
+def test_axes_exchanged_twice_are_as_before(learning):
+    views = crop_view(BOXES)
+    swapped = learning.exchange_axes(views)
+    torch.testing.assert_close(swapped, crop_view(BOXES[:, [1, 0, 3, 2]]))
+    torch.testing.assert_close(learning.exchange_axes(swapped), views)
+    flips = flip_view(torch.ones(1, dtype=torch.bool))
+    upside_down = torch.tensor([[[1.0, 0.0, 0.0], [0.0, -1.0, 1.0]]])
+    torch.testing.assert_close(learning.exchange_axes(flips), upside_down)
+
+
+def test_the_interval_of_two_arms_is_that_of_the_paired_t_test(learning):
+    values = np.random.default_rng(0).normal(50, 5, (2, 6))
+    low, high = ttest_rel(*values).confidence_interval(0.95)
+    assert learning.half_interval(values) == pytest.approx((high - low) / 2)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says(learning):
+    rng = np.random.default_rng(0)
+    true_means, num_covered = rng.normal(60, 5, 7), 0
+    for _ in range(600):
+        of_seed, noise = rng.normal(0, 3, 3), rng.normal(0, 1, (7, 3))
+        values = true_means[:, None] + of_seed + noise
+        gain = values[4].mean() - values[0].mean()
+        half = learning.half_interval(values)
+        num_covered += abs(gain - (true_means[4] - true_means[0])) <= half
+    assert 0.92 < num_covered / 600 < 0.98
+
+
+def test_one_seed_has_no_interval(learning):
+    assert learning.half_interval(np.ones((3, 1))) is None
+
+
+def test_the_teacher_learns_to_be_undecided_where_there_is_no_digit(learning):
+    digits, _ = learning.load_digits()
+    images, targets = learning.single_digits(digits, 10, 32, seed=0)
+    assert images.shape == (10, 3, 32, 32)
+    assert targets[:2].tolist() == [[pytest.approx(0.1)] * 10] * 2
+    assert targets[2:].sum(1).tolist() == [1] * 8 and targets[2:].max(1).values.tolist() == [1] * 8
+    assert images[2:].float().amax((1, 2, 3)).mean() > images[:2].float().amax((1, 2, 3)).mean()
+
+
+def test_a_finished_run_is_not_trained_again(learning, tmp_path, monkeypatch):
+    calls = []
+
+    def train(folder, student, arm, seed, out, *, quick):
+        calls.append((student, arm, seed))
+        return {10: 12.5, 20: 50.0}
+
+    monkeypatch.setattr(learning, "train", train)
+    for _ in range(2):
+        assert learning.run(tmp_path, "LV-ViT", "token labels", 3, quick=True) == {10: 12.5, 20: 50}
+    assert calls == [("LV-ViT", learning.ARMS["token labels"], 3)]
+
+
+def test_each_arm_is_a_recipe_for_each_student(learning):
+    for changes in learning.STUDENTS.values():
+        for arm in learning.ARMS.values():
+            recipe = learning.load_recipe(
+                str(Path(BENCHMARKS) / "learning.toml"), [*changes, *arm.changes]
+            )
+            assert recipe.labels.needs_maps or not arm.is_published
+
+
+def test_rows_and_figure_come_from_the_results(learning, tmp_path):
+    curves = {
+        student: {arm: [{10: 20.0, 20: 60.0 + i}, {10: 30.0, 20: 62.0 + i}] for i, arm in arms}
+        for student in learning.STUDENTS
+        for arms in [list(enumerate(learning.ARMS))]
+    }
+    rows = learning.summarise("LV-ViT", curves["LV-ViT"])
+    assert [row["gain"] for row in rows] == [pytest.approx(i) for i in range(len(rows))]
+    assert [row["top-1"] for row in rows][:2] == [61, 62]
+    assert rows[0]["±"] is None and rows[1]["±"] == pytest.approx(0)
+    learning.draw(curves, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").stat().st_size > 10_000
