@@ -121,7 +121,7 @@ def explain_images(
     for model in models.values():
         _methods_of(model, config)  # what is wrong is wrong before the first image is read
         _chosen(torch.zeros(model.num_classes), model.classes, config.classes)
-        model.model.to(device, torch.float64 if config.double else torch.float32)
+        model.model.eval().to(device, torch.float64 if config.double else torch.float32)
     samples = _spread(source.samples, config.limit)
     if labels is not None and not any(sample.key in labels for sample in samples):
         raise ValueError(

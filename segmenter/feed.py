@@ -275,18 +275,18 @@ def distort(pixels: Pixels, config: SegAugmentConfig, random: np.random.Generato
     chance.
     """
     if random.random() < 0.5:
-        pixels = _scaled(pixels, 1, random.uniform(-config.brightness, config.brightness))
+        pixels = _scaled(pixels, 1.0, random.uniform(-config.brightness, config.brightness))
     contrast_first = random.random() < 0.5
-    contrast = random.uniform(*config.contrast) if random.random() < 0.5 else 1
+    contrast = random.uniform(*config.contrast) if random.random() < 0.5 else 1.0
     if contrast_first:
-        pixels = _scaled(pixels, contrast, 0)
+        pixels = _scaled(pixels, contrast, 0.0)
     if random.random() < 0.5:
         factor = random.uniform(*config.saturation)
         pixels = _in_hsv(pixels, 1, np.minimum(np.arange(256) * factor, 255).astype(np.uint8))
     if random.random() < 0.5:
         turn = round(random.integers(-config.hue, config.hue + 1) * _HUES / 180)
         pixels = _in_hsv(pixels, 0, ((np.arange(256) + turn) % _HUES).astype(np.uint8))
-    return pixels if contrast_first else _scaled(pixels, contrast, 0)
+    return pixels if contrast_first else _scaled(pixels, contrast, 0.0)
 
 
 def _scaled(pixels: Pixels, factor: float, offset: float) -> Pixels:

@@ -777,8 +777,8 @@ def _check_state(state: Mapping[str, Any], identity: dict[str, Any]) -> None:
         name = differing[0]
         raise ValueError(
             f"the feed's state was saved with {name} = {state.get(name)!r}, now it is "
-            f"{identity[name]!r}; resume with the same data set, seed, batch size and number of "
-            "processes"
+            f"{identity[name]!r}; resume with the same data set, seed, batch size, device and "
+            "number of processes"
         )
 
 
