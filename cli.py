@@ -1624,10 +1624,11 @@ def train_export(checkpoint: Path, out: Path, form: Any, ema: bool | None) -> No
 @train.command("recipes")
 @_json_option
 def train_recipes(as_json: bool) -> None:
-    """List the recipes that come with tokenlabel.
+    """List the recipes that come with tokenlabel: what they cost, and what to expect of them.
 
-    GPU hours are an upper bound, and blank where no paper states them. Top-1 is what the paper
-    reports on ImageNet-1k, in percent.
+    H100 hours are what ImageNet-1k's arithmetic takes on one H100 at 190 TFLOP/s, a quarter of its
+    peak; a network of convolutions, as ResNet-50, reaches less and takes longer. tl-train plan
+    measures a run on your own device and data. Top-1 is the paper's, on ImageNet-1k, in percent.
     """
     import json
 
@@ -1637,28 +1638,34 @@ def train_recipes(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(found, indent=2, ensure_ascii=False))
         return
-    heads = dict(name="recipe", summary="summary", epochs="epochs", gpu_hours="GPU hours")
+    heads = dict(name="recipe", summary="summary", epochs="epochs", h100_hours="H100 hours")
     rows = [heads | {"paper_top1": "paper top-1"}]
     rows += [{key: "" if v is None else f"{v}" for key, v in facts.items()} for facts in found]
     widths = {key: max(len(row[key]) for row in rows) for key in rows[0]}
     for row in rows:
         texts = [row[key].ljust(widths[key]) for key in ("name", "summary")]
-        texts += [row[key].rjust(widths[key]) for key in ("epochs", "gpu_hours", "paper_top1")]
+        texts += [row[key].rjust(widths[key]) for key in ("epochs", "h100_hours", "paper_top1")]
         click.echo("  ".join(texts).rstrip())
+
+
+_H100_TFLOPS = 190
+"""What good training of vision transformers reaches in bf16: a quarter of the peak."""
 
 
 def _recipe_facts(name: str) -> dict[str, Any]:
     from .trainer.recipe import find_recipe, load_recipe
 
-    recipe = load_recipe(name)
+    recipe, text = load_recipe(name), find_recipe(name).read_text("utf-8")
     duration, cooldown = recipe.schedule.duration, recipe.schedule.cooldown
     in_epochs = duration.unit == cooldown.unit == "epochs"
-    hours = re.search(r"^# GPU hours +(\d+)", find_recipe(name).read_text("utf-8"), re.MULTILINE)
+    per_image = re.search(r"^# Compute +([\d.]+) GFLOP", text, re.MULTILINE)
+    in_all = re.search(r"^# Compute .*; ([\d.]+) EFLOP", text, re.MULTILINE)
     return {
         "name": name,
         "summary": recipe.summary,
         "epochs": round(duration.amount + cooldown.amount) if in_epochs else None,
-        "gpu_hours": int(hours[1]) if hours else None,
+        "gflop_per_image": float(per_image[1]) if per_image else None,
+        "h100_hours": round(float(in_all[1]) * 1e6 / _H100_TFLOPS / 3600) if in_all else None,
         "paper_top1": recipe.paper_top1,
     }
 

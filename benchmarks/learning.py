@@ -178,7 +178,8 @@ def train_teacher(digits: Digits, num_steps: int, num_images: int) -> torch.nn.M
     for step in trange(num_steps, desc="teacher", disable=None):
         images, targets = sets[step % 2]
         chosen = torch.randint(len(images), (128 if step % 2 == 0 else 57,))  # as many pixels
-        loss = F.cross_entropy(model(teacher_input(model, images[chosen])), targets[chosen])
+        answers = model(teacher_input(model, images[chosen]))
+        loss = F.cross_entropy(answers, targets[chosen], label_smoothing=0.1)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -12,7 +12,6 @@ process at its peak, the gradient of the logits included. On a GPU: a batch of 2
 
 import argparse
 import multiprocessing
-import re
 import time
 from collections.abc import Callable
 from functools import partial
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from photos import demo_photos, demo_teacher, label
-from record import markdown, write
+from record import forget_peak, markdown, memory_mib, write
 from torchvision.ops import roi_align
 from tqdm import tqdm
 
@@ -125,16 +124,10 @@ def added_mib(way: str, maps: list[LabelMap], num_images: int) -> float:
     """What a step adds to this process's memory at its peak; call it in a fresh process."""
     steps(maps, 1, torch.device("cpu"))[way]()  # libraries are loaded, threads are made
     step = steps(maps, num_images, torch.device("cpu"))[way]
-    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    before = _status_kib("VmRSS")
+    forget_peak()
+    before = memory_mib("VmRSS")
     step()
-    return (_status_kib("VmHWM") - before) / 1024
-
-
-def _status_kib(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
+    return memory_mib("VmHWM") - before
 
 
 def measure(

@@ -4,6 +4,7 @@ import datetime
 import json
 import os
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,11 @@ def machine() -> dict[str, Any]:
 
 
 def write(name: str, rows: Sequence[Mapping[str, Any]], **facts: Any) -> Path:
-    """Write results/NAME.json: the machine, facts about the inputs, one record per row."""
-    path = RESULTS / f"{name}.json"
+    """Write results/NAME.json: the machine, facts about the inputs, one record per row.
+
+    With a GPU it is NAME-gpu.json, so that the rows of two machines lie side by side.
+    """
+    path = RESULTS / f"{name}{'-gpu' if torch.cuda.is_available() else ''}.json"
     path.parent.mkdir(exist_ok=True)
     content = {"machine": machine(), **facts, "rows": list(rows)}
     path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -40,6 +44,18 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
     lines += ["| " + " | ".join(_cell(row[name]) for name in names) + " |" for row in rows]
     return "\n".join(lines)
+
+
+def memory_mib(name: str) -> float:
+    """Tell of this process what Linux calls VmRSS (resident now) or VmHWM (its peak)."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def forget_peak() -> None:
+    """Let VmHWM begin anew."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def _cell(value: Any) -> str:

@@ -25,6 +25,9 @@ from .labels import Truth, find_truth
 from .models import EvalModel, load_for_eval
 from .predictions import MODEL, TOP_K, HeadScores, Predictions
 
+_IMAGES_IN_CACHE = 4
+"""What a CPU computes at a time."""
+
 _T = TypeVar("_T")
 
 
@@ -135,6 +138,7 @@ def prepare(
     )
     truth = find_truth(opened, model, labels=config.labels, subset=config.subset)
     model.model.eval().to(place.device)
+    model.model.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     facts = {
         "checkpoint": "pretrained" if checkpoint is None else str(checkpoint),
         "model": model.name,
@@ -252,9 +256,9 @@ def _log_probs(
     views = images.flatten(0, 1)
     bf16 = job.config.precision == "bf16"
     with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
-        found = [job.model.logits(views)]
+        found = [_logits(job, views)]
         if job.config.flip:
-            found.append(job.model.logits(views.flip(-1)))
+            found.append(_logits(job, views.flip(-1)))
     considered = job.truth.considered
     log_probs = {}
     for name in found[0]:
@@ -269,6 +273,14 @@ def _log_probs(
         averaged = of_views.logsumexp((0, 2)) - math.log(num_views)
         log_probs[name] = averaged if num_views > 1 else of_views[0, :, 0]
     return log_probs
+
+
+def _logits(job: Job, views: Float32[Tensor, "v 3 h w"]) -> dict[str, Float32[Tensor, "v c"]]:
+    # A CPU is up to three times as fast when what a layer hands to the next stays in its cache.
+    few = _IMAGES_IN_CACHE if views.device.type == "cpu" else len(views)
+    views = views.contiguous(memory_format=torch.channels_last)
+    parts = [job.model.logits(part) for part in views.split(few)]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
 def _answer(job: Job, places: list[int], log_probs: dict[str, Float64[Tensor, "b c"]]) -> _Share:

@@ -104,7 +104,7 @@ def write_slice(
     )
     folder = open_folder(location)
     folder.write(tar_name(number), tar)
-    folder.write(json_name(number), _slice_json(record))
+    folder.write(json_name(number), slice_json(record))
     return record
 
 
@@ -499,7 +499,8 @@ def _to_tar(maps: Iterable[tuple[str, bytes]]) -> tuple[bytes, dict[str, tuple[i
     return buffer.getvalue(), samples
 
 
-def _slice_json(record: Slice) -> bytes:
+def slice_json(record: Slice) -> bytes:
+    """Return what labels-NNNNN.json holds."""
     return _seal(
         {
             "format": SLICE_FORMAT,

@@ -298,6 +298,8 @@ def _scaled(pixels: Pixels, factor: float, offset: float) -> Pixels:
 
 def _in_hsv(pixels: Pixels, channel: int, table: UInt8[np.ndarray, "256"]) -> Pixels:
     """Look up new values of the hue (0) or the saturation (1)."""
+    if (table == np.arange(256)).all():
+        return pixels  # the way to HSV and back moves levels, too
     hsv = np.array(Image.fromarray(pixels).convert("HSV"))
     hsv[..., channel] = table[hsv[..., channel]]
     return np.array(Image.fromarray(hsv, mode="HSV").convert("RGB"))

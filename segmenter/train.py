@@ -257,7 +257,7 @@ def fit(
             if compared:
                 sheet = draw_sheet(compared, classes, ignore_index=samples.ignore_index)
                 records.show("predictions", done, sheet)
-                replace_file(out / run_log.PREDICTIONS, to_png(sheet))
+                replace_file(out / run_log.PREDICTIONS, to_png(sheet, optimize=False))
         return is_best
 
     def save(*, is_best: bool, owes_evaluation: bool) -> None:

@@ -194,7 +194,7 @@ def write_split(
     Returns:
         The data set's new index.
     """
-    ordered = _shuffled(samples, seed)
+    ordered = shuffled(samples, seed)
     left_out = dict(quarantined)
     out.mkdir(parents=True, exist_ok=True)
     with only_writer(out):
@@ -414,7 +414,7 @@ def _check_same_classes(classes: Classes, index: ShardIndex) -> None:
     )
 
 
-def _shuffled(samples: Iterable[_Sample], seed: int) -> list[_Sample]:
+def shuffled(samples: Iterable[_Sample], seed: int) -> list[_Sample]:
     """Order samples by a hash of seed and key.
 
     Unlike the permutation of a random generator this is the same in every version of every

@@ -40,7 +40,7 @@ warmup = "2 steps"
 decay = 0.9
 [evaluation]
 every = "4 steps"
-num_sheets = 2
+num_sheets = 1
 [run]
 workers = 0
 checkpoint_every = "2 steps"

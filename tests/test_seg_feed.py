@@ -207,7 +207,7 @@ def test_brightness_adds_to_half_of_the_crops_and_contrast_multiplies_half():
 
 
 def test_hue_is_turned_and_saturation_scaled_as_in_hsv():
-    pixels = np.array([[[200, 100, 50]]], np.uint8)
+    pixels = np.array([[[50, 200, 150]]], np.uint8)
     hue, saturation, value = colorsys.rgb_to_hsv(*(pixels[0, 0] / 255))
     turned = {
         round((colorsys.rgb_to_hsv(*(crop[0, 0] / 255))[0] - hue) * 180)

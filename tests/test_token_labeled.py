@@ -2,7 +2,8 @@
 
 import copy
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.distributed
 from click.testing import CliRunner
 from loop_runs import fixed_data
 from PIL import Image
 from shard_sets import NUM_CLASSES, make_samples, noise, write_split
 from timm.models.volo import VOLO
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 
 from tokenlabel import cli
 from tokenlabel.trainer import run_log
 from tokenlabel.trainer.checkpoint import load_weights, read
 from tokenlabel.trainer.distributed import Place
 from tokenlabel.trainer.loop import fit, resolve
-from tokenlabel.trainer.mix_token import MixBox
+from tokenlabel.trainer.mix_token import MixBox, sample_box
 from tokenlabel.trainer.models import (
     MODELS,
     create_model,
@@ -183,6 +187,66 @@ def test_volos_own_dense_head_is_used_and_can_be_silenced():
     model.silence_dense_head(zero=True)
     torch.testing.assert_close(model(batch), class_logits)
     assert not any(p.requires_grad for p in backbone.aux_head.parameters())
+
+
+@pytest.mark.parametrize("name", ["test_mambaout", "mobilenetv4_conv_small", "hrnet_w18_small"])
+def test_unusual_networks_have_a_grid_that_tiles_the_image(name):
+    small = {"mobilenetv4_conv_small": {"channel_multiplier": 0.1}}
+    model = without_randomness(new_model(name, kwargs=small.get(name)))
+    class_logits, aux_logits, _ = model(images(), MixBox(0, 0, 1, 1, model.grid))
+    assert model.grid == (2, 2)
+    assert aux_logits.shape == (4, 4, 5)
+    (class_logits.sum() + aux_logits.sum()).backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_batch_norm_on_the_way_to_the_classifier_sees_whole_images_only():
+    kwargs = {"channel_multiplier": 0.1}
+    model = new_model("mobilenetv4_conv_small", kwargs=kwargs).train()
+    plain = new_model("mobilenetv4_conv_small", kwargs=kwargs, dense=False).train()
+    plain.load_state_dict({k: v for k, v in model.state_dict().items() if "aux_head" not in k})
+    model(images())
+    plain(images())
+    norm = "norm_head.running_mean"
+    assert model.state_dict()[norm].abs().sum() > 0
+    torch.testing.assert_close(model.state_dict()[norm], plain.state_dict()[norm])
+
+
+# ---------------------------------------------------------------------------------- new heads
+
+
+def first_loss(model: Any, batch: Tensor) -> tuple[float, float]:
+    """Mean cross-entropy of both heads over all classes."""
+    class_logits, aux_logits, _ = model.train()(batch)
+    values = [-logits.log_softmax(-1).mean().item() for logits in (class_logits, aux_logits)]
+    return values[0], values[1]
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "tf_efficientnet_lite0", "rexnet_100", "lvvit_t"])
+def test_losses_of_new_heads_begin_near_the_logarithm_of_the_class_count(name):
+    torch.manual_seed(0)
+    model = create_model(config(name, num_classes=4))
+    assert first_loss(model, images()) == pytest.approx((math.log(4), math.log(4)), abs=0.15)
+
+
+@pytest.mark.parametrize("num_classes", [1000, 4])
+def test_heads_that_begin_narrow_enough_are_left_as_timm_draws_them(num_classes):
+    torch.manual_seed(5)
+    theirs = timm.create_model("test_resnet", num_classes=num_classes).state_dict()
+    ours = new_model("test_resnet", seed=5, num_classes=num_classes).state_dict()
+    assert torch.equal(theirs["fc.weight"], ours["fc.weight"])
+
+
+def test_a_head_that_comes_with_published_weights_is_kept_however_wide(tmp_path):
+    weights = timm.create_model("test_efficientnet", num_classes=9).state_dict()
+    weights["classifier.weight"] *= 100
+    torch.save(weights, tmp_path / "published.pt")
+    kwargs = overlay(tmp_path / "published.pt")
+    kept = create_model(config("test_efficientnet", num_classes=9, kwargs=kwargs), pretrained=True)
+    assert torch.equal(kept.state_dict()["classifier.weight"], weights["classifier.weight"])
+    new = create_model(config("test_efficientnet", num_classes=4, kwargs=kwargs), pretrained=True)
+    assert new.state_dict()["classifier.weight"].std() < 0.02
+    assert torch.equal(new.state_dict()["conv_stem.weight"], weights["conv_stem.weight"])
 
 
 # ----------------------------------------------------------------------------------- MixToken
@@ -418,6 +482,82 @@ def test_a_run_on_token_labels_learns_and_resumes_to_the_same_bits(name, tmp_pat
     again = read(folder / "last.pt")
     assert again.step == whole.step == 6
     assert all(torch.equal(whole.model[name], again.model[name]) for name in whole.model)
+
+
+STUDENTS: dict[str, Callable[[bool], Any]] = {
+    name: lambda dense, name=name: new_model(name, dense=dense) for name in BACKBONES
+}
+STUDENTS["mobilenetv4_conv_small"] = lambda dense: new_model(
+    "mobilenetv4_conv_small", dense=dense, kwargs={"channel_multiplier": 0.1}
+)
+STUDENTS["volo"] = lambda dense: new_volo(image_size=64)
+STUDENTS["lvvit_t"] = lambda dense: create_model(
+    config("lvvit_t", kwargs={"embed_dim": 16, "depth": 2, "num_heads": 2, "stem_width": 4})
+)
+STUDENTS["t2t_vit_14"] = lambda dense: create_model(
+    config("t2t_vit_14", kwargs={"embed_dim": 16, "depth": 2, "num_heads": 2, "token_dim": 16})
+)
+
+
+@pytest.fixture(scope="module")
+def _process_group() -> Iterator[None]:
+    """A group of one: DistributedDataParallel does in it whatever it does in a larger one."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("_process_group")
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "class-labels"])
+@pytest.mark.parametrize("name", STUDENTS)
+def test_every_student_trains_under_distributed_data_parallel_in_bf16(name, dense):
+    torch.manual_seed(0)
+    model = STUDENTS[name](dense)
+    if not dense:
+        model.silence_dense_head(zero=True)
+    trained = DistributedDataParallel(model.train())
+    for step in range(2):  # the second fails if the first has left a parameter without a gradient
+        box = sample_box(model.grid, np.random.default_rng(step))
+        with torch.autocast("cpu", torch.bfloat16):
+            class_logits, aux_logits, _ = trained(images(), box)
+        loss = -class_logits.float().log_softmax(-1)[..., 0].mean()
+        if dense:
+            loss = loss - aux_logits.float().log_softmax(-1)[..., 0].mean()
+        loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.usefixtures("_process_group")
+def test_distributed_data_parallel_would_notice_a_parameter_without_a_gradient():
+    model: Any = new_model("test_vit")
+    model.unused = nn.Linear(2, 2)
+    trained = DistributedDataParallel(model.train())
+    trained(images())[0].sum().backward()
+    with pytest.raises(RuntimeError, match="finished reduction in the prior iteration"):
+        trained(images())
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_convnext", "volo"])
+def test_training_compiles_to_one_graph_whatever_the_box(name):
+    model = without_randomness(STUDENTS[name](True))
+    boxes = [sample_box(model.grid, np.random.default_rng(i)) for i in range(3)]
+    expected = [model(images(), box)[:2] for box in boxes]
+    counter = CompileCounterWithBackend("eager")
+    model.forward_train = torch.compile(model.forward_train, backend=counter, fullgraph=True)
+    torch.testing.assert_close([model(images(), box)[:2] for box in boxes], expected)
+    assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["test_vit", "test_resnet", "volo"])
+def test_compiled_students_compute_the_same(name):
+    model = without_randomness(STUDENTS[name](True))
+    box = sample_box(model.grid, np.random.default_rng(0))
+    expected = model(images(), box)[:2]
+    model.compile_training()
+    torch.testing.assert_close(model(images(), box)[:2], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_weights_from_elsewhere_are_fitted_with_a_word_about_each_change(tmp_path):

@@ -21,6 +21,7 @@ There is no state of random generators in it: all randomness of a step outside t
 (seed, step, rank), so a run that goes on at step n needs nothing but n.
 """
 
+import argparse
 import dataclasses
 import math
 import os
@@ -282,7 +283,9 @@ def read_content(path: Path) -> Mapping[str, Any]:
     with path.open("rb") as file:
         _refuse_damage(path)
         try:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            # timm's training script, and so the published one, keeps its arguments in its files.
+            with torch.serialization.safe_globals([argparse.Namespace]):
+                content = torch.load(file, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             raise ValueError(
                 f"{path} is torn, or holds other things than tensors and plain values; reading "

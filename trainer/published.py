@@ -1,6 +1,5 @@
 """Weights that the authors of our models published: by name, by URL, or from a file."""
 
-import difflib
 import logging
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,6 +9,7 @@ import torch
 
 from .distributed import Place, from_main
 from .models import MODELS
+from .recipe import nearest
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,10 @@ def find_weights(name: str) -> Path:
         return _download(urls[name])
     if "/" in name or Path(name).suffix in (".pt", ".pth", ".tar", ".safetensors"):
         raise FileNotFoundError(f"checkpoint {name} does not exist")
-    near = difflib.get_close_matches(name, urls, n=3)
-    hint = f"; did you mean {', '.join(near)}?" if near else ""
-    known = ", ".join(key for key in urls if "." not in key)
+    short = [key for key in urls if "." not in key]
+    near = nearest(name, urls if "." in name else short, most=3)
+    hint = f"; did you mean {' or '.join(near)}?" if near else ""
+    known = ", ".join(short)
     raise ValueError(
         f"{name} is neither a file nor the name of published weights{hint}; known: {known}"
     )

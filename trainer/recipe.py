@@ -381,8 +381,10 @@ def find_recipe(name_or_file: str, folder: Path = RECIPE_FOLDER) -> Path:
         return path
     names = recipe_names(folder)
     if name_or_file not in names:
+        near = nearest(name_or_file, names)
+        hint = f" (did you mean {' or '.join(map(repr, near))}?)" if near else ""
         raise ValueError(
-            f"unknown recipe {name_or_file!r}{_closest(name_or_file, names)}; "
+            f"unknown recipe {name_or_file!r}{hint}; "
             f"known: {', '.join(names)}, or the path of a .toml file"
         )
     return folder / f"{name_or_file}.toml"
@@ -416,6 +418,19 @@ def differences(old: _Record, new: _Record) -> list[str]:
 def to_toml(recipe: Any) -> str:
     """Write a recipe with all defaults spelled out; `parse_record` gives the same recipe back."""
     return "\n".join(_toml_lines(recipe, "")) + "\n"
+
+
+def nearest(name: str, known: Iterable[str], *, most: int = 2) -> list[str]:
+    """Find the names that may have been meant: those it begins first, in order, else similar ones.
+
+    Args:
+        name: What was written; lvvit_s begins lvvit_s_224.
+        known: The right names.
+        most: Names to give.
+    """
+    known = list(known)
+    begun = [right for right in known if name and right.startswith(name)]
+    return (begun or difflib.get_close_matches(name, known, n=most))[:most]
 
 
 def _closest(name: str, known: Iterable[str]) -> str:
