@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CODE := $(wildcard *.py) labeler shards trainer evaluator segmenter explainer examples tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench clean
+.PHONY: help demo test test-all check format bench bench-all bench-gpu clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target what; \
@@ -31,8 +31,15 @@ format: $(INSTALLED) ## Format the code and sort the imports
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-bench: $(INSTALLED) ## Run every script in benchmarks/; each prints a table and writes JSON to benchmarks/results/
-	@set -e; for script in $$(grep -l __main__ benchmarks/*.py); do echo "== $$script"; $(BIN)/python "$$script"; done
+bench: $(INSTALLED) ## Measure speed, under 20 minutes; rewrites the tables in docs/performance.md and README.md
+	$(BIN)/python benchmarks/run.py
+
+bench-all: $(INSTALLED) ## The same, and what takes hours: growth, label quality, learning
+	$(BIN)/python benchmarks/run.py --all
+
+# Needs no .venv: a GPU machine may have its own torch, and no network to install anything from.
+bench-gpu: .typecheck/tokenlabel ## Measure on a GPU, with .venv or else PYTHON; leaves out, with the reason, what cannot run
+	PYTHONPATH=.typecheck $(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/run.py --gpu
 
 clean: ## Remove what the commands above made, except .venv
 	rm -rf demo build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

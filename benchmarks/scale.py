@@ -1,8 +1,11 @@
 """What breaks first when a data set grows? Indices of made-up samples, really built and opened.
 
-    python benchmarks/scale.py                      a million samples; five minutes
+    python benchmarks/scale.py                      a million samples; four minutes
     python benchmarks/scale.py --samples 14197122   ImageNet-21k: an hour, 12 GiB of memory
+    python benchmarks/scale.py --steps open,read    only steps that begin so
     python benchmarks/scale.py --quick              a smoke test
+
+Other numbers of samples than the million write results/scale-SAMPLES.json.
 
 Nothing but the pixels is missing: a list of images, the .json of every slice of a label set, an
 index.json, and an .idx for every tar are written as the commands write them; the tars are sparse
@@ -32,6 +35,7 @@ JPEG_BYTES = 110_000
 MAP_BYTES = 3_900
 SLICE = 10_000
 FEW = 1_000
+SAMPLES = 1_000_000
 NUM_CLASSES = 1_000
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
@@ -300,7 +304,8 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=FORMATTER)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--samples", type=int, default=1_000_000)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--steps", default="", help="first words of steps, apart by commas")
     parser.add_argument("--scratch", type=Path, help="where some 400 bytes a sample may lie")
     options = parser.parse_args()
     count = 20_000 if options.quick else options.samples
@@ -310,6 +315,8 @@ def main() -> None:
         build(few, FEW)
         build(folder, count)
         for step, (command, function) in STEPS.items():
+            if not step.startswith(tuple(options.steps.split(","))):
+                continue
             rows.append(scaled(step, command, in_fresh_process(function, few, folder), count))
             print(f"{step}: {rows[-1]['secs']:.1f} s", flush=True)
         sizes = on_disk(folder)
@@ -318,7 +325,8 @@ def main() -> None:
     if not options.quick:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         facts = {"samples": count, "memory_bytes": memory_bytes, "on_disk": sizes}
-        print(f"written to {write('scale', rows, **facts)}")
+        name = "scale" if count == SAMPLES else f"scale-{count}"
+        print(f"written to {write(name, rows, **facts)}")
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ class DemoConfig:
     """Images of single digits, twice, for the teacher."""
     teacher_steps: int = 400
     classifier_steps: int = 600
-    steps: int = 200
+    steps: int = 1000
     """Of each segmentation model."""
 
     @classmethod

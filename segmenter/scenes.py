@@ -42,15 +42,15 @@ class SceneConfig:
     """Shorter and longer side; a scene is upright or lies, at random."""
     num_digits: tuple[int, int] = (2, 4)
     """Fewest and most digits in a scene; some may find no room."""
-    largest_px: tuple[float, float] = (28, 40)
+    largest_px: tuple[int | float, int | float] = (28, 40)
     """Range of the largest digit's size."""
-    smallest_px: float = 12
+    smallest_px: int | float = 12
     """Least size of the others."""
-    next_largest: float = 0.55
+    next_largest: int | float = 0.55
     """Greatest size of the others, as a fraction of the largest digit's."""
     num_scraps: int = 4
     """Scraps of ink strewn over the background."""
-    scrap_px: tuple[float, float] = (4, 9)
+    scrap_px: tuple[int | float, int | float] = (4, 9)
     """Range of their sizes."""
 
 
@@ -102,7 +102,8 @@ def load_digits(*, seed: int = 0) -> tuple[Digits, Digits]:
 
 def compose_scene(digits: Digits, random: np.random.Generator, config: SceneConfig) -> Scene:
     """Compose one scene; every digit of it is of another class, and no two overlap."""
-    size = config.sides_px if random.random() < 0.5 else config.sides_px[::-1]
+    short, long = config.sides_px
+    size = (short, long) if random.random() < 0.5 else (long, short)
     pixels = _background(random, size)
     for _ in range(config.num_scraps):
         _draw_scrap(pixels, digits, random, config.scrap_px)
@@ -201,7 +202,7 @@ def _free_place(
 def _background(random: np.random.Generator, size: tuple[int, int]) -> Float32[np.ndarray, "h w 3"]:
     """Make smooth patches of dark colours."""
     coarse = Image.fromarray(random.integers(0, 100, (4, 4, 3), np.uint8))
-    smooth = coarse.resize(size[::-1], Image.Resampling.BICUBIC)
+    smooth = coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)
     return np.asarray(smooth).astype(np.float32) / 255
 
 
@@ -213,7 +214,7 @@ def _draw_scrap(
     pixels: Float32[np.ndarray, "h w 3"],
     digits: Digits,
     random: np.random.Generator,
-    size_px: tuple[float, float],
+    size_px: tuple[int | float, int | float],
 ) -> None:
     """Draw a piece of some digit that is too small to tell which."""
     glyph = digits.glyphs[random.integers(len(digits.glyphs))]

@@ -16,14 +16,17 @@ import timm
 import torch
 import torch.nn.functional as F
 from click.testing import CliRunner
-from loop_runs import FixedFeed, fixed_data
+from loop_runs import FixedFeed, fixed_data, write_data
 from shard_sets import NUM_CLASSES, make_samples, write_split
 from test_readme import parse
+from timm.models import build_model_with_cfg, register_model
+from timm.models.volo import VOLO
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import roi_align
 
 from tokenlabel import cli
 from tokenlabel.trainer import loop, run_log
-from tokenlabel.trainer.checkpoint import read
+from tokenlabel.trainer.checkpoint import load_model, read
 from tokenlabel.trainer.distributed import Place
 from tokenlabel.trainer.feed import Batch
 from tokenlabel.trainer.mix_token import sample_box
@@ -76,17 +79,31 @@ FULL_SIZES = {
 }
 """Parameters with 1000 classes, rounded or exact, and tokens along a side."""
 
+IMAGENET = 1_281_167
+
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_build_their_model_at_its_full_size(name):
     recipe = load_recipe(name)
     config = dataclasses.replace(recipe.model, num_classes=recipe.model.num_classes or 1000)
-    with torch.device("meta"):  # shapes alone, no memory and no arithmetic
+    # Shapes alone, no memory and no arithmetic; T2T-ViT's attention cannot do without.
+    with torch.device("cpu" if name == "t2t_vit_14" else "meta"):
         model = create_model(config, dense=recipe.labels.dense_weight > 0)
+        with FlopCounterMode(display=False) as forward:
+            model.train()(torch.zeros(2, 3, *config.image_hw))
     expected, side = FULL_SIZES[name]
     tolerance = 0 if isinstance(expected, int) else 0.002
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(expected, rel=tolerance)
     assert model.grid == (side, side)
+    # Backward takes twice as much as forward: one product for the weights, one for the input.
+    gflop = 3 * forward.get_total_flops() / 2 / 1e9
+    said = re.search(r"^Compute +([\d.]+) GFLOP an image", "\n".join(header(name)), re.MULTILINE)
+    assert said and float(said[1]) == pytest.approx(gflop, abs=0.05)
+    in_all = re.search(r"^Compute .*; ([\d.]+) EFLOP in all", "\n".join(header(name)), re.MULTILINE)
+    if in_all:
+        num_epochs = recipe.schedule.duration.amount + recipe.schedule.cooldown.amount
+        assert float(in_all[1]) == pytest.approx(gflop * IMAGENET * num_epochs / 1e9, abs=0.06)
+    assert bool(in_all) == (name not in ("demo", "class_labels", "transfer"))
 
 
 def header(name: str) -> list[str]:
@@ -105,9 +122,9 @@ def commands(name: str) -> list[list[str]]:
 @pytest.mark.parametrize("name", recipe_names())
 def test_shipped_recipes_open_with_what_a_reader_needs(name):
     labels = [line[:10].strip() for line in header(name) if line[:10].strip()]
-    of_a_paper = ["Paper", "Original", "Hardware", "Here"]
+    of_a_paper = ["Paper", "Original", "Hardware", "Compute", "Here"]
     is_ours = name in ("demo", "class_labels")
-    needed = ["Hardware", "Command", "Expect"] if is_ours else of_a_paper
+    needed = ["Hardware", "Compute", "Command", "Expect"] if is_ours else of_a_paper
     assert [label for label in needed if label not in labels] == []
     assert is_ours or "on purpose" in "\n".join(header(name))
 
@@ -265,6 +282,50 @@ def test_a_transfer_keeps_the_network_and_begins_heads_for_the_classes_of_the_da
         torch.testing.assert_close(after[name], before[name], rtol=0, atol=1e-3, msg=name)
     assert not torch.equal(after["blocks.0.mlp.fc1.weight"], before["blocks.0.mlp.fc1.weight"])
     assert [line["dense_loss"] for line in metrics_of(out)] == [0, 0, 0]
+
+
+TINY_NETWORKS: dict[str, dict[str, Any]] = {
+    "convnext_tiny": {"depths": [1, 1, 1, 1], "dims": [8, 8, 16, 16]},
+    "deit_small_patch16_224": {"embed_dim": 24, "depth": 1, "num_heads": 2},
+    "resnet50": {"layers": [1, 1, 1, 1], "channels": [8, 8, 16, 16]},
+    "t2t_vit_14": {"embed_dim": 16, "depth": 1, "num_heads": 2, "token_dim": 16},
+    "tiny_volo": {},
+}
+
+
+@register_model
+def tiny_volo(pretrained: bool = False, **kwargs: Any) -> VOLO:
+    """A VOLO-D1 whose sizes timm would not let us choose."""
+    sizes = dict(embed_dims=[8, 16, 16, 16], num_heads=[2, 2, 2, 2], stem_hidden_dim=8)
+    layers = [1, 1, 1, 1]
+    return build_model_with_cfg(VOLO, "volo_d1_224", pretrained, layers=layers, **sizes, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes") / "data"
+    write_data(folder)
+    return folder
+
+
+@pytest.mark.usefixtures("_fast")
+@pytest.mark.parametrize("name", recipe_names())
+def test_each_shipped_recipe_runs_from_shards_to_a_model_that_loads(name, shards, tmp_path):
+    recipe = shrunken(
+        name, 1, f"model.num_classes={NUM_CLASSES}", "evaluation.batch_size=6"
+    )  # fmt: skip
+    kind = recipe.model.name.replace("volo_d1_224", "tiny_volo")
+    kwargs = TINY_NETWORKS.get(kind, TINY)
+    model = dataclasses.replace(recipe.model, name=kind, kwargs=kwargs)
+    recipe = dataclasses.replace(recipe, model=model)
+    assert loop.train(recipe, data=shards, out=tmp_path / "run", device="cpu").step == 1
+    train, evaluation = metrics_of(tmp_path / "run")
+    assert train["class_loss"] > 0
+    assert (train["dense_loss"] > 0) == (recipe.labels.dense_weight > 0)
+    assert evaluation["num_images"] == 6
+    assert ("ema_top1" in evaluation) == (recipe.ema.decay > 0)
+    found = load_model(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert found.model.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, NUM_CLASSES)
 
 
 class LargeFeed(FixedFeed):
@@ -448,6 +509,13 @@ def test_unknown_recipes_are_refused_with_the_closest_name():
         find_recipe("lvit_s_224")
 
 
+def test_the_beginning_of_a_recipes_name_suggests_those_it_begins():
+    with pytest.raises(ValueError, match="did you mean 'lvvit_s_224' or 'lvvit_s_384'"):
+        find_recipe("lvvit_s")
+    with pytest.raises(ValueError, match="unknown recipe 'xyz'; known: class_labels, "):
+        find_recipe("xyz")
+
+
 def test_missing_recipe_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="mine.toml does not exist"):
         load_recipe(str(tmp_path / "mine.toml"))
@@ -465,9 +533,9 @@ def test_the_command_line_lists_and_shows_recipes(tmp_path):
     assert [line.split()[0] for line in lines] == ["recipe", *recipe_names()]
     assert max(map(len, lines)) <= 100
     row = next(line for line in lines if line.startswith("lvvit_s_224"))
-    assert re.fullmatch(r"lvvit_s_224 +LV-ViT-S, 224 px, token labels +310 +83.3", row)
-    ends = [lines[0].index(head) + len(head) for head in ("epochs", "paper top-1")]
-    assert [row[:end].split()[-1] for end in ends] == ["310", "83.3"]
+    assert re.fullmatch(r"lvvit_s_224 +LV-ViT-S, 224 px, token labels +310 +23 +83.3", row)
+    ends = [lines[0].index(head) + len(head) for head in ("epochs", "H100 hours", "paper top-1")]
+    assert [row[:end].split()[-1] for end in ends] == ["310", "23", "83.3"]
     shown = CliRunner().invoke(cli.train, ["show", "demo", "--set", "run.seed=3"])
     assert parse_recipe(shown.output) == load_recipe("demo", ["run.seed=3"])
     wrong = CliRunner().invoke(cli.train, ["show", "demo", "--set", "run.sed=3"])
@@ -484,11 +552,13 @@ def test_the_list_of_recipes_as_json_holds_numbers_and_null_where_nothing_is_sta
     assert found["deit_small"] == {
         "summary": "DeiT-S, 224 px, token labels",
         "epochs": 300,
-        "gpu_hours": 288,
+        "gflop_per_image": 28.0,
+        "h100_hours": 16,
         "paper_top1": None,
     }
     assert (found["demo"]["epochs"], found["lvvit_s_384"]["epochs"]) == (None, 30)
-    assert [name for name, facts in found.items() if facts["gpu_hours"]] == ["deit_small"]
+    unknown = [name for name, facts in found.items() if facts["h100_hours"] is None]
+    assert unknown == ["class_labels", "demo", "transfer"]  # they are not of ImageNet
 
 
 def test_differences_name_the_keys():

@@ -27,6 +27,16 @@ from tokenlabel.trainer.checkpoint import Checkpoint, save
 from tokenlabel.trainer.recipe import to_toml
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_threads_before_the_forks():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     return write_shards(tmp_path_factory.mktemp("data"), num_train=1, num_val=5)

