@@ -1547,12 +1547,13 @@ def train_plan(
     """Say what a run will take: hours and memory, and whether feed or device limits it.
 
     A few batches and steps are timed on this device, with the share of one process, and nothing is
-    written. The time that processes take to exchange gradients is not in it.
+    written. The time that processes take to exchange gradients is not in it. Each process is taken
+    to have as many cores as this one; where they share this machine, say how many each will have.
 
     \b
     Examples:
       tl-train plan --recipe demo --data demo/shards
-      tl-train plan --recipe lvvit_s_224 --data shards --processes 8
+      tl-train plan --recipe lvvit_s_224 --data shards --processes 8 --set run.workers=12
     """
     import json
 

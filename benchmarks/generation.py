@@ -1,20 +1,24 @@
 """Claim: tl-label generate is nearly as fast as its teacher alone.
 
-    python benchmarks/generation.py            five minutes on two cores
+    python benchmarks/generation.py            four minutes on two cores
     python benchmarks/generation.py --quick    a smoke test: few photos, one round
 
 The job behind tl-label generate, from JPEG files of 500×375 (60 KB) to finished label shards,
-against the bare forward pass of the same teacher on the same batches, whose pixels lie ready in
-memory, normalised. The job does more: it reads, decodes, resizes, classifies every cell, keeps the
-best classes, encodes, hashes and writes. All take turns, several rounds; the baseline of a round is
-the fastest bare way. "cpu" compares CPU time, which others on the machine disturb less.
+against a forward pass of the same teacher on the same batches, whose pixels lie ready in memory:
 
-On a CPU: EfficientNet-Lite0 at 576, fit native. Bare: a batch on each core, as the job has it, and
-each batch on all cores, as torch does it by itself. How long each stage takes alone, as tl-label
-plan measures it, is written beside.
+    dense    what the job has to compute: uint8 pixels in, logits of every cell out
+    model    the model as it comes: normalised pixels in, one answer an image out
 
-On a GPU: the same, and NFNet-F6 at 576 with random weights in bf16, fit stretch. Bare: as the job
-has it (channels last), compiled as well, and plain (channels first).
+The job reads, decodes and resizes besides, keeps the best classes, encodes, hashes and writes. All
+take turns, several rounds, and each round is compared with the fastest way of its own. Ratios are
+of CPU time on a CPU, where others on the machine disturb it less, and of wall time on a GPU.
+
+On a CPU: EfficientNet-Lite0 at 576, fit native. A batch on each core, as the job has it; the model
+also with each batch on all cores, as torch does it by itself. How long each stage takes alone, as
+tl-label plan measures it, is written beside.
+
+On a GPU: the same, and NFNet-F6 at 576 with random weights in bf16, fit stretch; its model also
+compiled, and plain (channels first).
 """
 
 import argparse
@@ -72,7 +76,7 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     lite0 = demo_teacher(64 if quick else 576)
     if lite0.device.type == "cpu":
-        return [Case(teacher=lite0, fit="native", num_images=8 if quick else 96)]
+        return [Case(teacher=lite0, fit="native", num_images=8 if quick else 48)]
     nfnet = as_teacher(
         timm.create_model("dm_nfnet_f0" if quick else NFNET),
         name=NFNET,
@@ -94,7 +98,7 @@ def lay_out(count: int, folder: Path) -> ImageSource:
 
 
 def ready_batches(case: Case, source: ImageSource) -> list[Tensor]:
-    """Make the tensors that the teacher sees, normalised, on its device."""
+    """Make the batches that the teacher is given, on its device."""
     teacher, size = case.teacher, case.teacher.image_size
     count = case.num_images
     if teacher.device.type == "cuda":
@@ -102,41 +106,50 @@ def ready_batches(case: Case, source: ImageSource) -> list[Tensor]:
     load = partial(load_inputs, source, teacher=teacher, fit=case.fit, sizes=[size])
     with ThreadPoolExecutor() as pool:
         pixels = [inputs[0].pixels for inputs in pool.map(load, source.samples[:count])]
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (teacher.mean, teacher.std))
-    batches = []
-    for start in range(0, count, case.batch_size):
-        images = torch.from_numpy(np.stack(pixels[start : start + case.batch_size]))
-        batch = (images.permute(0, 3, 1, 2) / 255 - mean) / std
-        batches.append(batch.to(teacher.device).contiguous(memory_format=torch.channels_last))
-    return batches
+    stacks = [np.stack(pixels[i : i + case.batch_size]) for i in range(0, count, case.batch_size)]
+    return [torch.from_numpy(stack).permute(0, 3, 1, 2).to(teacher.device) for stack in stacks]
 
 
-@torch.inference_mode()
-def forward(model: Callable[[Tensor], Tensor], precision: str, batch: Tensor) -> None:
-    in_bf16 = torch.autocast(batch.device.type, torch.bfloat16)
-    with in_bf16 if precision == "bf16" else nullcontext():
-        model(batch)
+def normalised(teacher: Teacher, batch: Tensor) -> Tensor:
+    """Make what the model itself is given."""
+    mean, std = (
+        torch.tensor(value, device=batch.device).view(3, 1, 1)
+        for value in (teacher.mean, teacher.std)
+    )
+    return ((batch / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
 
 
-def batch_on_each_core(teacher: Teacher, batches: Sequence[Tensor]) -> None:
+Forward = Callable[[Tensor], object]
+
+
+def alone(teacher: Teacher, model: Forward) -> Forward:
+    """Return the model as a function of normalised pixels, in the teacher's precision."""
+
+    @torch.inference_mode()
+    def forward(batch: Tensor) -> object:
+        in_bf16 = torch.autocast(batch.device.type, torch.bfloat16)
+        with in_bf16 if teacher.precision == "bf16" else nullcontext():
+            return model(batch)
+
+    return forward
+
+
+def batch_on_each_core(forward: Forward, batches: Sequence[Tensor]) -> None:
     with ThreadPoolExecutor(
         torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
     ) as pool:
-        for _ in pool.map(partial(forward, teacher.model, teacher.precision), batches):
+        for _ in pool.map(forward, batches):
             pass
 
 
-def batch_on_all_cores(teacher: Teacher, batches: Sequence[Tensor]) -> None:
+def batch_on_all_cores(forward: Forward, batches: Sequence[Tensor]) -> None:
     for batch in batches:
-        forward(teacher.model, teacher.precision, batch)
+        forward(batch)
 
 
-def on_gpu(
-    model: Callable[[Tensor], Tensor], precision: str, batches: Sequence[Tensor], num_images: int
-) -> None:
-    turns = num_images // len(batches[0])
-    for batch in itertools.islice(itertools.cycle(batches), turns):
-        forward(model, precision, batch)
+def on_gpu(forward: Forward, batches: Sequence[Tensor], num_images: int) -> None:
+    for batch in itertools.islice(itertools.cycle(batches), num_images // len(batches[0])):
+        forward(batch)
     torch.cuda.synchronize()
 
 
@@ -148,22 +161,31 @@ def run_job(case: Case, source: ImageSource, scratch: Path, teacher: Teacher) ->
 
 
 def jobs(case: Case, source: ImageSource, scratch: Path) -> dict[str, Callable[[], None]]:
-    """Name what takes turns; the bare ways begin with "bare"."""
+    """Name what takes turns: generate, dense and model, each perhaps in several ways."""
     teacher = case.teacher
-    batches = ready_batches(case, source)
+    pixels = ready_batches(case, source)
+    ready = [normalised(teacher, batch) for batch in pixels]
+    model = alone(teacher, teacher.model)
     job = partial(run_job, case, source, scratch)
-    found: dict[str, Callable[[], None]] = {"generate": partial(job, teacher)}
     if teacher.device.type == "cpu":
-        found["bare, a batch on each core"] = partial(batch_on_each_core, teacher, batches)
-        found["bare, each batch on all cores"] = partial(batch_on_all_cores, teacher, batches)
-        return found
-    bare = partial(on_gpu, precision=teacher.precision, num_images=case.num_images)
-    found["bare"] = partial(bare, teacher.model, batches=batches)
+        return {
+            "generate": partial(job, teacher),
+            "dense, a batch on each core": partial(batch_on_each_core, teacher.dense, pixels),
+            "model, a batch on each core": partial(batch_on_each_core, model, ready),
+            "model, each batch on all cores": partial(batch_on_all_cores, model, ready),
+        }
+    run = partial(on_gpu, num_images=case.num_images)
+    found: dict[str, Callable[[], None]] = {
+        "generate": partial(job, teacher),
+        "dense": partial(run, teacher.dense, pixels),
+        "model": partial(run, model, ready),
+    }
     if case.compiled:
-        plain = [batch.contiguous() for batch in batches]
-        found["bare, channels first"] = partial(bare, teacher.model, batches=plain)
         faster = compiled(teacher)
-        found["bare, compiled"] = partial(bare, faster.model, batches=batches)
+        plain = [batch.contiguous() for batch in ready]
+        found["model, channels first"] = partial(run, model, plain)
+        found["model, compiled"] = partial(run, alone(teacher, faster.model), ready)
+        found["dense, compiled"] = partial(run, faster.dense, pixels)
         found["generate, compiled"] = partial(job, faster)
     return found
 
@@ -171,12 +193,12 @@ def jobs(case: Case, source: ImageSource, scratch: Path) -> dict[str, Callable[[
 def compiled(teacher: Teacher) -> Teacher:
     """Return the teacher with everything up to the features compiled, beside the one given."""
     model: Any = copy.copy(teacher.model)
-    model.forward_features = torch.compile(teacher.model.forward_features)
+    model.forward_features = torch.compile(model.forward_features)
     return replace(teacher, model=model)
 
 
 def timed(case: Case, source: ImageSource, scratch: Path, rounds: int) -> list[dict[str, Any]]:
-    """Run the jobs in turn; the ratio of a round is to its fastest bare way."""
+    """Run the jobs in turn, and compare the rounds."""
     found, teacher = jobs(case, source, scratch), case.teacher
     walls: dict[str, list[float]] = {name: [] for name in found}
     cpus: dict[str, list[float]] = {name: [] for name in found}
@@ -188,19 +210,21 @@ def timed(case: Case, source: ImageSource, scratch: Path, rounds: int) -> list[d
             cpus[name].append(time.process_time() - cpu)
     for secs in itertools.chain(walls.values(), cpus.values()):
         secs.pop(0)  # loads libraries, chooses algorithms, compiles
-    bare = [name for name in found if name.startswith("bare")]
-    best_wall = [min(walls[name][i] for name in bare) for i in range(rounds)]
-    best_cpu = [min(cpus[name][i] for name in bare) for i in range(rounds)]
+    clock = cpus if teacher.device.type == "cpu" else walls
+
+    def ratio(name: str, to: str) -> float:
+        best = [min(secs) for secs in zip(*(clock[n] for n in found if n.startswith(to)))]
+        return statistics.median(a / b for a, b in zip(best, clock[name]))
+
     return [
         {
             "teacher": f"{teacher.name} at {teacher.image_size}, {teacher.precision}",
             "job": name,
             "images_per_sec": case.num_images / statistics.median(walls[name]),
-            "best_images_per_sec": case.num_images / min(walls[name]),
             "spread_secs": max(walls[name]) - min(walls[name]),
             "cpu_ms": 1e3 * statistics.median(cpus[name]) / case.num_images,
-            "of_bare": statistics.median(a / b for a, b in zip(best_wall, walls[name])),
-            "of_bare_cpu": statistics.median(a / b for a, b in zip(best_cpu, cpus[name])),
+            "of_dense": ratio(name, "dense"),
+            "of_model": ratio(name, "model"),
         }
         for name in found
     ]

@@ -21,19 +21,20 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int64, UInt8
 from record import markdown, write
 from scenes import (
     BACKGROUND,
     NUM_CLASSES,
+    TRAIN_SCENES,
+    VAL_SCENES,
     Digits,
-    SceneConfig,
     compose_scenes,
     load_digits,
     write_image_folder,
@@ -43,21 +44,23 @@ from torch import Tensor
 from tqdm import trange
 
 from tokenlabel.labeler.generate import generate
+from tokenlabel.labeler.geometry import apply_view, sample_targets, token_points
 from tokenlabel.labeler.label_set import LabelSet
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.labeler.teacher import load_teacher
 from tokenlabel.shards.pack import pack
-from tokenlabel.trainer.data import Feed, open_data
-from tokenlabel.trainer.distributed import join_processes
+from tokenlabel.trainer.data import Data, Feed, open_data
+from tokenlabel.trainer.distributed import Place, join_processes
 from tokenlabel.trainer.feed import Batch
 from tokenlabel.trainer.loop import fit
-from tokenlabel.trainer.recipe import load_recipe
+from tokenlabel.trainer.recipe import Recipe, load_recipe
 from tokenlabel.trainer.run_log import read_metrics
 
+RECIPE = str(Path(__file__).with_suffix(".toml"))
+GRID = (4, 4)
+"""Tokens of both students."""
+NUM_TRAIN = 3000
 FIGURE = Path(__file__).parent.parent / "docs/images/learning.png"
-TRAIN_SCENES = SceneConfig(sides_px=(64, 96), num_digits=(3, 6))
-VAL_SCENES = SceneConfig()
-"""Square, so that the view of evaluation, a centre crop, shows all of them."""
 TEACHER = "test_resnet"
 TEACHER_SCALE = 2
 """How much larger than its pixels the teacher sees a scene: its cells of 32 px are 16 px of it."""
@@ -211,7 +214,7 @@ def make_data(folder: Path, *, quick: bool) -> dict[str, float]:
     if done.exists():
         return json.loads(done.read_text())
     seen, held_out = load_digits()
-    num_train, num_val = (300, 200) if quick else (3000, 2000)
+    num_train, num_val = (300, 200) if quick else (NUM_TRAIN, 2000)
     write_image_folder(seen, folder / "train", num_train, seed=1, config=TRAIN_SCENES)
     write_image_folder(held_out, folder / "val", num_val, seed=2, config=VAL_SCENES)
     model = train_teacher(seen, 30 if quick else 800, 300 if quick else 10_000)
@@ -250,6 +253,14 @@ def run(folder: Path, student: str, arm: str, seed: int, *, quick: bool) -> dict
     return {int(step): top1 for step, top1 in json.loads(done.read_text()).items()}
 
 
+def open_arm(recipe: Recipe, folder: Path, arm: Arm, place: Place) -> Data:
+    """Open the data set of an arm, read as it says."""
+    if not arm.is_published:
+        return open_data(recipe, folder / "shards-native", place)
+    data = open_data(recipe, folder / "shards-center", place)
+    return replace(data, open_train=lambda *at: PublishedGeometry(data.open_train(*at)))
+
+
 def train(
     folder: Path, student: str, arm: Arm, seed: int, out: Path, *, quick: bool
 ) -> dict[int, float]:
@@ -257,14 +268,9 @@ def train(
     changes = [f"run.seed={seed}", *STUDENTS[student], *arm.changes]
     if quick:
         changes += ["schedule.duration=20 steps", "schedule.warmup=2 steps"]
-    recipe = load_recipe(str(Path(__file__).with_suffix(".toml")), changes)
-    shards = folder / ("shards-center" if arm.is_published else "shards-native")
+    recipe = load_recipe(RECIPE, changes)
     with join_processes("cpu") as place:
-        data = open_data(recipe, shards, place)
-        if arm.is_published:
-            open_train = data.open_train
-            data = replace(data, open_train=lambda *at: PublishedGeometry(open_train(*at)))
-        outcome = fit(recipe, data, out, place, resume=True)
+        outcome = fit(recipe, open_arm(recipe, folder, arm, place), out, place, resume=True)
     if outcome.step < outcome.total_steps:
         raise SystemExit("stopped; the same command goes on with this run")
     return {
@@ -272,6 +278,65 @@ def train(
         for record in read_metrics(out)
         if record["kind"] == "eval"
     }
+
+
+class Truth(NamedTuple):
+    """What a crop shows."""
+
+    tokens: Int64[Tensor, "b n"]
+    """The digit that covers most of each token; BACKGROUND where none covers a sixth of it."""
+    view: Int64[Tensor, " b"]
+    """The digit that covers most of the crop."""
+
+
+def true_labels(
+    class_maps: Sequence[UInt8[np.ndarray, "_ _"]],
+    views: Float[Tensor, "b 2 3"],
+    grid: tuple[int, int],
+    *,
+    per_side: int = 8,
+) -> Truth:
+    """Look up in scenes what each token of a crop shows, at per_side² points."""
+    points = apply_view(views, token_points(grid, per_side=per_side))
+    shown = []
+    for class_map, (x, y) in zip(class_maps, points.transpose(1, 2)):
+        height, width = class_map.shape
+        rows = (y * height).long().clamp(0, height - 1)
+        cols = (x * width).long().clamp(0, width - 1)
+        shown.append(torch.from_numpy(class_map).long()[rows, cols])
+    parts = torch.stack(shown).view(-1, grid[0], per_side, grid[1], per_side)
+    parts = parts.transpose(2, 3).reshape(len(class_maps), -1, per_side**2)
+    ink = (parts[..., None] == torch.arange(NUM_CLASSES)).float().mean(2)
+    most = ink.max(2)
+    tokens = torch.where(most.values >= 1 / 6, most.indices, BACKGROUND)
+    return Truth(tokens, ink.sum(1).argmax(1))
+
+
+def label_quality(folder: Path, *, quick: bool) -> dict[str, float]:
+    """Tell how often each kind of label says what a training crop shows, shares of 1."""
+    num_train = 300 if quick else NUM_TRAIN
+    scenes = list(compose_scenes(load_digits()[0], num_train, seed=1, config=TRAIN_SCENES))
+    right: dict[str, list[Tensor]] = {}
+    for kind, arm in (("ours", Arm()), ("published", Arm(is_published=True))):
+        with join_processes("cpu") as place:
+            recipe = load_recipe(RECIPE)
+            feed = open_arm(recipe, folder, arm, place).open_train(None, 0)
+            for _ in range(2 if quick else 40):
+                batch = next(feed)
+                assert batch.maps is not None
+                views = exchange_axes(batch.views) if arm.is_published else batch.views
+                maps = [scenes[int(Path(key).name)].class_map for key in batch.keys]
+                truth = true_labels(maps, views, GRID)
+                targets = sample_targets(batch.maps, batch.views, GRID)
+                told = targets.dense_tokens().argmax(2) == truth.tokens
+                for name, values in {
+                    f"{kind} tokens": told[truth.tokens != BACKGROUND],
+                    f"{kind} pooled": targets.dense_view().argmax(1) == truth.view,
+                    "class labels": batch.classes == truth.view,
+                }.items():
+                    right.setdefault(name, []).append(values.float())
+            feed.close()
+    return {name: torch.cat(values).mean().item() for name, values in right.items()}
 
 
 Curves = dict[str, list[dict[int, float]]]
@@ -352,6 +417,11 @@ def draw(results: dict[str, Curves], out: Path) -> None:
     figure.savefig(out, dpi=110)
 
 
+def in_words(facts: dict[str, float]) -> str:
+    """Write facts in one line."""
+    return ", ".join(f"{name} {value:.3f}" for name, value in facts.items())
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
@@ -366,7 +436,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         facts = make_data(folder, quick=options.quick)
-        print(", ".join(f"{key} {value:.3f}" for key, value in facts.items()), flush=True)
+        print(in_words(facts), flush=True)
         results: dict[str, Curves] = {
             student: {arm: [] for arm in ARMS} for student in options.students or STUDENTS
         }
@@ -376,11 +446,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     runs.append(run(folder, student, arm, seed, quick=options.quick))
                     top1 = max(runs[-1].items())[1]
                     print(f"seed {seed}, {student}, {arm}: {top1:.1f} %", flush=True)
+        quality = {} if options.students else label_quality(folder, quick=options.quick)
+        print(in_words(quality))
     rows = [row for student, curves in results.items() for row in summarise(student, curves)]
     print(markdown(rows))
     if not options.quick and not options.students:
         draw(results, FIGURE)
-        print(f"written to {write('learning', rows, seeds=num_seeds, curves=results, **facts)}")
+        kept = {**facts, "label_quality": quality, "curves": results}
+        print(f"written to {write('learning', rows, seeds=num_seeds, **kept)}")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def open_reader(folder: Path) -> Any:
     paths = [str(path) for path in sorted((folder / "shards").glob("*.tar"))]
     pipeline = Pipeline(batch_size=1, num_threads=1, device_id=None)
     with pipeline:
-        fields = fn.readers.webdataset(
+        fields: Any = fn.readers.webdataset(
             paths=paths,
             index_paths=[path.removesuffix(".tar") + ".idx" for path in paths],
             ext=["jpg", "cls", "tlm"],

@@ -25,6 +25,8 @@ from tokenlabel.segmenter.scenes import (
 __all__ = [
     "BACKGROUND",
     "NUM_CLASSES",
+    "TRAIN_SCENES",
+    "VAL_SCENES",
     "Digits",
     "PlacedDigit",
     "Scene",
@@ -35,6 +37,10 @@ __all__ = [
     "write_image_folder",
 ]
 
+TRAIN_SCENES = SceneConfig(sides_px=(64, 96), num_digits=(3, 6))
+VAL_SCENES = SceneConfig()
+"""Square, so that the view of evaluation, a centre crop, shows all of them."""
+
 
 @click.command()
 @click.option(
@@ -42,15 +48,18 @@ __all__ = [
     show_default=True, help="Picture to write.",
 )  # fmt: skip
 def main(out: Path) -> None:
-    """Draw a sheet of training scenes, each with its label."""
+    """Draw a sheet of scenes, each with its label: two rows to train on, one as if held out."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    train, _ = load_digits()
-    figure, axes = plt.subplots(3, 8, figsize=(12, 5), layout="constrained")
-    scenes = compose_scenes(train, axes.size, seed=0, config=SceneConfig())
+    train, held_out = load_digits()
+    figure, axes = plt.subplots(3, 8, figsize=(12, 5.6), layout="constrained")
+    scenes = [
+        *compose_scenes(train, 16, seed=0, config=TRAIN_SCENES),
+        *compose_scenes(held_out, 8, seed=0, config=VAL_SCENES),
+    ]
     for axis, scene in zip(axes.flat, scenes):
         axis.imshow(scene.pixels)
         axis.set_title(f"label {scene.label}", fontsize=9)

@@ -1,6 +1,6 @@
-"""Write what was measured beside what was aimed at, into docs/performance.md and README.md.
+"""Write what was measured into docs/performance.md, README.md and docs/scale.md.
 
-    python benchmarks/table.py           rewrite both from results/*.json
+    python benchmarks/table.py           rewrite them from results/*.json
     python benchmarks/table.py --check   change nothing; fail if they are not up to date
 
 Only what stands between the marks `<!-- BEGIN NAME -->` and `<!-- END NAME -->` is replaced.
@@ -18,7 +18,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
-PAGES = {"speed": ROOT / "docs/performance.md", "speed in short": ROOT / "README.md"}
+PAGES = {
+    "speed": ROOT / "docs/performance.md",
+    "speed in short": ROOT / "README.md",
+    "growth": ROOT / "docs/scale.md",
+}
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
 Result = Mapping[str, Any]
@@ -32,9 +36,10 @@ class Claim:
     text: str
     script: str
     """The result is results/SCRIPT.json, on a GPU results/SCRIPT-gpu.json."""
-    value: Callable[[Result], float] | None
-    """Takes the number out of the result; None where no script measures it yet."""
-    goal: float
+    value: Callable[[Result], float]
+    """Takes the number out of the result."""
+    goal: float | None
+    """None where only the number is wanted."""
     at_most: bool = False
     unit: str = "×"
     digits: int = 2
@@ -47,12 +52,16 @@ class Claim:
 
     @property
     def goal_text(self) -> str:
+        if self.goal is None:
+            return ""
         return f"{'≤' if self.at_most else '≥'} {self.goal:,g} {self.unit}".rstrip()
 
     def written(self, number: float) -> str:
         return f"{number:,.{self.digits}f} {self.unit}".rstrip()
 
     def is_met(self, number: float) -> bool:
+        if self.goal is None:
+            return True
         return number <= self.goal if self.at_most else number >= self.goal
 
 
@@ -94,6 +103,15 @@ def evaluation(result: Result) -> float:
     return max(r["times_faster"] for r in result["rows"] if r["job"].startswith("ours, folders"))
 
 
+def step(job: str, column: str) -> Callable[[Result], float]:
+    return lambda result: row(result, job=job)[column]
+
+
+def best(column: str) -> Callable[[Result], float]:
+    """Take the largest number of a column."""
+    return lambda result: max(r[column] for r in result["rows"])
+
+
 def startup(command: str) -> Callable[[Result], float]:
     return lambda result: row(result, command=f"{command} --help")["secs"]
 
@@ -101,11 +119,11 @@ def startup(command: str) -> Callable[[Result], float]:
 def generation(teacher: str, column: str) -> Callable[[Result], float]:
     """Take the fastest of what the job does with a teacher, compiled or not."""
 
-    def best(result: Result) -> float:
+    def fastest(result: Result) -> float:
         jobs = [r for r in result["rows"] if r["job"].startswith("generate")]
         return max(r[column] for r in jobs if r["teacher"].startswith(teacher))
 
-    return best
+    return fastest
 
 
 FEED = Claim(
@@ -125,8 +143,8 @@ LOSS = Claim(
     script="loss", value=loss(64, "times_faster"), goal=5,
 )  # fmt: skip
 GENERATION = Claim(
-    text="label generation, of the teacher's bare forward pass",
-    script="generation", value=generation("tf_efficientnet_lite0", "of_bare"), goal=0.95,
+    text="label generation, of its dense teacher's forward pass alone, CPU time",
+    script="generation", value=generation("tf_efficientnet_lite0", "of_dense"), goal=0.95,
     unit="",
 )  # fmt: skip
 EVALUATION = Claim(
@@ -187,7 +205,24 @@ CLAIMS = [
         script="loss", value=loss(64, "memory"), goal=0.45, at_most=True,
     ),
     GENERATION,
+    Claim(
+        text="… of the model's own, one answer an image, CPU time",
+        script="generation", value=generation("tf_efficientnet_lite0", "of_model"), goal=0.95,
+        unit="",
+    ),
     EVALUATION,
+    Claim(
+        text="training step, LV-ViT-S, batch 16: its peak of memory", unit="MiB", digits=0,
+        script="training_step", value=step("sparse", "peak_mib"), goal=None,
+    ),
+    Claim(
+        text="… with dense targets and loss", unit="MiB", digits=0,
+        script="training_step", value=step("dense", "peak_mib"), goal=None,
+    ),
+    Claim(
+        text="… what it allocates in all", unit="MiB", digits=0,
+        script="training_step", value=step("sparse", "allocated_mib"), goal=None,
+    ),
     Claim(
         text="start-up: `tl-label --help`", unit="s",
         script="startup", value=startup("tl-label"), goal=0.3, at_most=True,
@@ -211,21 +246,21 @@ CLAIMS = [
         on_gpu=True,
     ),
     Claim(
-        text="… of the teacher's bare forward pass",
-        script="generation", value=generation("dm_nfnet_f6", "of_bare"), goal=0.95, unit="",
+        text="… of its dense teacher's forward pass alone",
+        script="generation", value=generation("dm_nfnet_f6", "of_dense"), goal=0.95, unit="",
         on_gpu=True,
     ),
     Claim(
         text="feed, end to end", unit="img/s", digits=0,
-        script="feed", value=None, goal=6000, on_gpu=True,
+        script="training_step", value=best("feed_images_per_sec"), goal=6000, on_gpu=True,
     ),
     Claim(
         text="training step, LV-ViT-S, bf16, batch 256", unit="img/s", digits=0,
-        script="training_step", value=None, goal=5300, on_gpu=True,
+        script="training_step", value=best("synthetic_images_per_sec"), goal=5300, on_gpu=True,
     ),
     Claim(
         text="… with the feed, of synthetic input", unit="",
-        script="training_step", value=None, goal=0.95, on_gpu=True,
+        script="training_step", value=best("of_synthetic"), goal=0.95, on_gpu=True,
     ),
 ]  # fmt: skip
 
@@ -234,7 +269,8 @@ SHORT: Sequence[tuple[str, Sequence[Claim]]] = [
      "the fastest of timm, webdataset and torchvision v2", [FEED, FEED_PEERS]),
     ("Token-label targets and loss at batch 64, against dense ones", [LOSS]),
     ("Writing shards, against webdataset's TarWriter, in CPU time", [PACK]),
-    ("Making label maps, against the teacher's bare forward pass", [GENERATION]),
+    ("Making label maps from JPEG files, of the speed of the dense teacher alone, in CPU time",
+     [GENERATION]),
     ("`tl-eval`, against timm's validate on the same images", [EVALUATION]),
 ]  # fmt: skip
 
@@ -250,7 +286,7 @@ def measured(claim: Claim, results: Mapping[str, Result]) -> float | None:
     Raises:
         LookupError: If the result is there, but not the number.
     """
-    if claim.value is None or claim.result not in results:
+    if claim.result not in results:
         return None
     try:
         return claim.value(results[claim.result])
@@ -306,6 +342,29 @@ def speed_in_short(results: Mapping[str, Result]) -> str:
     return "\n".join(lines)
 
 
+def growth(results: Mapping[str, Result]) -> str:
+    """Write the table of docs/scale.md: constants, and what they come to."""
+    found = [result for name, result in results.items() if name.partition("-")[0] == "scale"]
+    lines = [
+        "| step | of | built | CPU, a sample | memory, a sample | 14.2 M | 400 M |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in sorted(found, key=lambda r: r["samples"]):
+        for r in result["rows"]:
+            lines.append(
+                f"| {r['step']} | {r['by']} | {result['samples']:,} | {r['us_a_sample']:.2g} µs "
+                f"| {r['peak_bytes_a_sample']:,.0f} B | {extent(r, '21k')} | {extent(r, '400m')} |"
+            )
+    machines = sorted({f"{r['machine']['date']}, {machine(r)}" for r in found})
+    return "\n".join([f"Measured on: {'; '.join(machines)}.", "", *lines])
+
+
+def extent(row: Mapping[str, Any], size: str) -> str:
+    mins, gib = row[f"mins_{size}"], row[f"peak_gib_{size}"]
+    time = f"{mins:,.0f} min" if mins >= 2 else f"{60 * mins:,.0f} s"
+    return f"{time}, {gib:,.1f} GiB" if gib < 10 else f"{time}, {gib:,.0f} GiB"
+
+
 def replaced(page: str, name: str, content: str) -> str:
     """Put content between a page's marks.
 
@@ -321,7 +380,11 @@ def replaced(page: str, name: str, content: str) -> str:
 
 def rewritten(results: Mapping[str, Result]) -> dict[Path, str]:
     """Return what the pages should say."""
-    contents = {"speed": speed(results), "speed in short": speed_in_short(results)}
+    contents = {
+        "speed": speed(results),
+        "speed in short": speed_in_short(results),
+        "growth": growth(results),
+    }
     return {
         path: replaced(path.read_text(encoding="utf-8"), name, contents[name])
         for name, path in PAGES.items()

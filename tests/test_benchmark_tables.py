@@ -45,7 +45,7 @@ def test_a_goal_that_is_missed_is_marked_and_one_that_is_met_is_not(table, tmp_p
     loss_result(tmp_path, times_faster=4.0)
     lines = table.speed(table.read_results(tmp_path)).splitlines()
     assert "Measured on: Slide rule, 3 cores, Python 3.11.0, torch 2.6.0." in lines
-    (small,) = (line for line in lines if "batch 16" in line)
+    (small,) = (line for line in lines if "loss, batch 16" in line)
     (large,) = (line for line in lines if "batch 64" in line)
     assert small.endswith("| ≥ 3 × | 4.00 × | `loss.py` | 2026-01-02 |")
     assert large.endswith("| ≥ 5 × | **4.00 ×, missed** | `loss.py` | 2026-01-02 |")

@@ -90,6 +90,19 @@ def test_axes_exchanged_twice_are_as_before(learning):
     torch.testing.assert_close(learning.exchange_axes(flips), upside_down)
 
 
+def test_the_truth_of_a_crop_is_the_digit_with_most_ink_there(learning):
+    class_map = np.full((40, 60), learning.BACKGROUND, np.uint8)
+    class_map[:20, 30:] = 7  # the upper right quarter
+    class_map[30:, :3] = 4  # less than a sixth of its token
+    whole, left, upper = [0.0, 0.0, 1.0, 1.0], [0.0, 0.0, 0.5, 1.0], [0.5, 0.0, 1.0, 0.5]
+    truth = learning.true_labels(
+        [class_map] * 3, crop_view(torch.tensor([whole, left, upper])), (2, 2)
+    )
+    none = learning.BACKGROUND
+    assert truth.tokens.tolist() == [[none, 7, none, none], [none] * 4, [7] * 4]
+    assert truth.view.tolist() == [7, 4, 7]
+
+
 def test_the_interval_of_two_arms_is_that_of_the_paired_t_test(learning):
     values = np.random.default_rng(0).normal(50, 5, (2, 6))
     low, high = ttest_rel(*values).confidence_interval(0.95)

@@ -55,6 +55,8 @@ def test_hours_follow_from_the_clock_and_the_schedule(shards, monkeypatch):
     # 3 evaluations of 6 images with 2 sets of weights, shared by 2 processes, 2 s an image
     assert found.eval_hours == pytest.approx(3 * 6 * 2 / 2 * 2.0 / 3600)
     assert found.limit == "feed"
+    assert in_words(found)["together"] == "0.8 images/s each, 1.6 on all 2"
+    assert in_words(found)["time"].startswith("1.2 min on 2 such devices: 14 steps 35.0 s, ")
     assert "compete for the cores" in found.advice
     assert found.memory_bytes > 1e7
 
@@ -68,7 +70,17 @@ def test_the_slower_one_limits_if_it_is_clearly_slower(
     Clock(monkeypatch, feed_secs=feed_secs, step_secs=step_secs, eval_secs=0.1)
     found = measure(tiny_recipe(), shards, device="cpu", num_steps=1)
     assert found.limit == limit
-    assert in_words(found)["limit"] == limit
+    words = {"both": "feed and step alike", "step": "the step on the device", "feed": "the feed"}
+    assert in_words(found)["limit"] == words[limit]
+
+
+def test_slow_steps_are_timed_once_and_that_is_said(shards, monkeypatch):
+    clock = Clock(monkeypatch, feed_secs=1.0, step_secs=70.0, eval_secs=70.0)
+    found = measure(tiny_recipe(), shards, device="cpu", num_steps=8)
+    assert found.num_steps_timed == 1
+    assert in_words(found)["measured"].startswith("1 step of 4 images")
+    assert found.images_per_sec == pytest.approx(4 / 71)
+    assert clock.secs < 1000
 
 
 def test_the_advice_names_what_limits():

@@ -245,7 +245,7 @@ p { max-width: 48rem; margin: .4rem 0; }
 .figures { display: grid; gap: .8rem; grid-template-columns: 1fr 1fr; }
 .wide .figures { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .charts { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); }
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
 @media (max-width: 34rem) { .wide .figures { grid-template-columns: 1fr 1fr; } }
 figure { margin: 0; min-width: 0; }
 img { display: block; width: 100%; height: auto; border-radius: 6px; }
@@ -280,5 +280,5 @@ polyline { fill: none; stroke-width: 2; stroke-linejoin: round; }
 .line0 { stroke: var(--a); color: var(--a); } .line1 { stroke: var(--b); color: var(--b); }
 .line2 { stroke: var(--c); color: var(--c); } .line3 { stroke: var(--d); color: var(--d); }
 g circle { fill: currentColor; stroke: none; }
-.key { margin-left: .8em; } .key::before { content: "— "; font-weight: 700; }
+.key { margin-left: .8em; white-space: nowrap; } .key::before { content: "— "; font-weight: 700; }
 """

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from ..shards.index import ShardIndex, read_index
 from .distributed import join_processes
@@ -34,7 +35,7 @@ from .step import (
 _WARM_UP = 3
 """Batches and steps before the clock starts: the feed's queues fill, kernels are compiled."""
 _MOST_SECS = 60.0
-"""No part of the measurement goes on for longer, once it has two batches."""
+"""No part of the measurement goes on for longer, once something has been timed."""
 _CLEARLY = 1.1
 """Feed and step limit both where neither takes so many times as long as the other."""
 
@@ -55,6 +56,7 @@ class TrainPlan:
     workers: int
     """Decoding threads of each process."""
     num_steps_timed: int
+    """Of the feed and the steps together; fewer than wished where they are slow."""
     feed_images_per_sec: float
     """Of one process, like the two below."""
     step_images_per_sec: float
@@ -114,13 +116,18 @@ def measure(
     with join_processes(device) as place:
         feed = _open_feed(recipe, index, split, share, num_processes, place.device)
         with closing(feed):
-            feed_secs, batch = _secs_of(lambda: next(feed), num_steps, place.device)
+            batch = next(feed)
+            feed_secs, _ = _secs_of(lambda: next(feed), num_steps, place.device, "feed")
             try:
                 step = _Step(recipe, parts, place.device)
-                step_secs, _ = _secs_of(lambda: step(batch), num_steps, place.device)
-                both_secs, _ = _secs_of(lambda: step(next(feed)), num_steps, place.device)
+                if is_compiled_on(place.device, recipe.run):
+                    step(batch)  # compiling may take minutes, which say nothing of later steps
+                step_secs, _ = _secs_of(lambda: step(batch), num_steps, place.device, "step")
+                both_secs, num_timed = _secs_of(
+                    lambda: step(next(feed)), num_steps, place.device, "both"
+                )
                 memory_bytes, limit_bytes = _memory(place.device)
-                eval_secs, _ = _secs_of(lambda: step.predict(batch), 2, place.device)
+                eval_secs, _ = _secs_of(lambda: step.predict(batch), 2, place.device, "evaluation")
             except torch.OutOfMemoryError as error:
                 raise ValueError(
                     f"{share // parts} images at once do not fit into the memory of "
@@ -149,7 +156,7 @@ def measure(
         share=share,
         parts=parts,
         workers=recipe.run.workers or default_num_threads(),
-        num_steps_timed=num_steps,
+        num_steps_timed=num_timed,
         feed_images_per_sec=share / feed_secs,
         step_images_per_sec=share / step_secs,
         images_per_sec=share / both_secs,
@@ -172,19 +179,28 @@ def in_words(plan: TrainPlan) -> dict[str, str]:
     if plan.memory_limit_bytes is not None:
         of_memory = f"of the GPU's {plan.memory_limit_bytes / 1e9:.0f} GB at most"
     each = f" on {plan.num_processes} such devices" if plan.num_processes > 1 else " here"
+    steps = "step" if plan.num_steps_timed == 1 else "steps"
+    limits = {"feed": "the feed", "step": "the step on the device", "both": "feed and step alike"}
     return {
         "with": f"{plan.model}, {plan.precision} on {plan.device}",
-        "measured": f"{plan.num_steps_timed} steps of {plan.share} images{in_parts}, "
+        "measured": f"{plan.num_steps_timed} {steps} of {plan.share} images{in_parts}, "
         f"{plan.workers} workers",
-        "feed": f"{plan.feed_images_per_sec:.4g} images/s",
-        "step": f"{plan.step_images_per_sec:.4g} images/s",
-        "together": f"{plan.images_per_sec:.4g} images/s",
+        "feed": _speed(plan.feed_images_per_sec, plan.num_processes),
+        "step": _speed(plan.step_images_per_sec, plan.num_processes),
+        "together": _speed(plan.images_per_sec, plan.num_processes),
         "time": f"{_duration(hours)}{each}: {plan.total_steps:,} steps "
         f"{_duration(plan.train_hours)}, evaluations {_duration(plan.eval_hours)}",
         "memory": f"{plan.memory_bytes / 1e9:.1f} GB {of_memory}",
-        "limit": plan.limit,
+        "limit": limits[plan.limit],
         "advice": plan.advice,
     }
+
+
+def _speed(images_per_sec: float, num_processes: int) -> str:
+    text = f"{images_per_sec:.4g} images/s"
+    if num_processes > 1:
+        text += f" each, {num_processes * images_per_sec:.4g} on all {num_processes}"
+    return text
 
 
 class _Step:
@@ -248,18 +264,28 @@ def _open_feed(
     )
 
 
-def _secs_of(job: Callable[[], Any], times: int, device: torch.device) -> tuple[float, Any]:
-    """Time a job once it is warm; return its mean seconds and its last result."""
-    result = None
-    for _ in range(_WARM_UP):
-        result = job()
-    _finish(device)
-    begun, done = time.perf_counter(), 0
-    while done < times and not (done >= 2 and time.perf_counter() - begun > _MOST_SECS):
-        result = job()
-        done += 1
-    _finish(device)
-    return (time.perf_counter() - begun) / done, result
+def _secs_of(
+    job: Callable[[], object], times: int, device: torch.device, title: str
+) -> tuple[float, int]:
+    """Time a job once it is warm; return its mean seconds, and how often it was done for them."""
+    with tqdm(total=_WARM_UP + times, desc=title, disable=None, leave=False) as bar:
+        _repeat(job, _WARM_UP, bar)
+        _finish(device)
+        begun = time.perf_counter()
+        done = _repeat(job, times, bar)
+        _finish(device)
+        return (time.perf_counter() - begun) / done, done
+
+
+def _repeat(job: Callable[[], object], times: int, bar: tqdm) -> int:
+    """Do a job so many times, or fewer where that takes very long; return how many."""
+    begun = time.perf_counter()
+    for done in range(1, times + 1):
+        job()
+        bar.update()
+        if time.perf_counter() - begun > _MOST_SECS:
+            return done
+    return times
 
 
 def _finish(device: torch.device) -> None:

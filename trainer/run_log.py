@@ -241,7 +241,8 @@ def draw_curves(
                 # Markers, since a line through one point is invisible.
                 axes.plot(*zip(*points), label=name, marker="." if len(points) < 50 else None)
         axes.set(title=title, xlabel="step")
-        axes.set_ylim(bottom=0)
+        # Where all is 0, as a first top-1 is, matplotlib would show a range of a few hundredths.
+        axes.set_ylim(0, None if any(max(line.get_ydata()) > 0 for line in axes.lines) else 1)
         axes.ticklabel_format(axis="y", scilimits=(-2, 5))
         axes.grid(alpha=0.3)
         if axes.lines:
