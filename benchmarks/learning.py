@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
@@ -41,13 +40,14 @@ from scenes import (
 )
 from scipy.stats import t as student_t
 from torch import Tensor
-from tqdm import trange
 
 from tokenlabel.labeler.generate import generate
 from tokenlabel.labeler.geometry import apply_view, sample_targets, token_points
 from tokenlabel.labeler.label_set import LabelSet
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.labeler.teacher import load_teacher
+from tokenlabel.segmenter import digit_teacher
+from tokenlabel.segmenter.digit_teacher import Labelled, one_digit
 from tokenlabel.shards.pack import pack
 from tokenlabel.trainer.data import Data, Feed, open_data
 from tokenlabel.trainer.distributed import Place, join_processes
@@ -61,13 +61,8 @@ GRID = (4, 4)
 """Tokens of both students."""
 NUM_TRAIN = 3000
 FIGURE = Path(__file__).parent.parent / "docs/images/learning.png"
-TEACHER = "test_resnet"
-TEACHER_SCALE = 2
-"""How much larger than its pixels the teacher sees a scene: its cells of 32 px are 16 px of it."""
 TEACHER_PX = {"native": 160, "center": 128}
-"""Side of the teacher's view by fit; both show a scene of 64 × 96 px at TEACHER_SCALE."""
-TEACHER_SIDES = (32, 48)
-"""Sides of the pictures that the teacher learns from, px."""
+"""Side of the teacher's view by fit: both show 64 × 96 px twice as large, as it learned digits."""
 TOP_K = 3
 STUDENTS = {
     "LV-ViT": [],
@@ -143,68 +138,30 @@ class PublishedGeometry:
 # --------------------------------------------------------------------- teacher and data
 
 
-def single_digits(
-    digits: Digits, num: int, side_px: int, seed: int
-) -> tuple[Tensor, Float[Tensor, "n c"]]:
-    """Make pictures of one digit each, or of none; uint8 (n, 3, h, w), and what they show.
+def digits_or_none(digits: Digits, num: int, side_px: int, *, seed: int) -> Labelled:
+    """Make pictures of one digit each, or of none, and the probabilities of what they show.
 
-    Digits are large and small as in scenes. Every fifth picture or so shows background and scraps
-    only: there the teacher shall learn to be undecided.
+    Every fifth picture shows background and scraps only: there a teacher shall be undecided.
     """
-    alone = replace(
-        VAL_SCENES,
-        sides_px=(side_px, side_px),
-        num_digits=(0, 1),
-        largest_px=(VAL_SCENES.smallest_px, min(VAL_SCENES.largest_px[1], side_px - 2)),
-        num_scraps=round(2 * VAL_SCENES.num_scraps * (side_px / VAL_SCENES.sides_px[0]) ** 2),
-    )
-    empty, shown = num // 5, num - num // 5
+    alone, num_empty = one_digit(side_px), num // 5
+    empty = replace(alone, num_digits=(0, 0))
     scenes = [
-        *compose_scenes(digits, empty, seed=seed, config=replace(alone, num_digits=(0, 0))),
-        *compose_scenes(digits, shown, seed=seed + 1, config=replace(alone, num_digits=(1, 1))),
+        *compose_scenes(digits, num_empty, seed=seed, config=empty),
+        *compose_scenes(digits, num - num_empty, seed=seed + 1, config=alone),
     ]
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2)
     targets = torch.full((num, NUM_CLASSES), 1 / NUM_CLASSES)
-    for target, scene in zip(targets, scenes):
-        if scene.label != BACKGROUND:
-            target.copy_(F.one_hot(torch.tensor(scene.label), NUM_CLASSES))
+    shown = torch.tensor([scene.label for scene in scenes[num_empty:]])
+    targets[num_empty:] = F.one_hot(shown, NUM_CLASSES).float()
     return pixels.contiguous(), targets
-
-
-def train_teacher(digits: Digits, num_steps: int, num_images: int) -> torch.nn.Module:
-    """Teach a small CNN single digits, at two sizes of the surroundings."""
-    torch.manual_seed(0)
-    model = timm.create_model(TEACHER, num_classes=NUM_CLASSES)
-    sets = [single_digits(digits, num_images, side, seed=2 * side) for side in TEACHER_SIDES]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps, pct_start=0.06)
-    model.train()
-    for step in trange(num_steps, desc="teacher", disable=None):
-        images, targets = sets[step % 2]
-        chosen = torch.randint(len(images), (128 if step % 2 == 0 else 57,))  # as many pixels
-        loss = F.cross_entropy(model(teacher_input(model, images[chosen])), targets[chosen])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return model.eval()
-
-
-def teacher_input(model: torch.nn.Module, images: Tensor) -> Tensor:
-    """Enlarge and normalise as tl-label does at an image size of TEACHER_SCALE times the scene."""
-    size = images.shape[-1] * TEACHER_SCALE
-    larger = F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True)
-    config: dict[str, Any] = model.pretrained_cfg  # pyright: ignore[reportAssignmentType]
-    mean, std = (torch.tensor(config[name]).view(3, 1, 1) for name in ("mean", "std"))
-    return (larger.clamp(0, 255) / 255 - mean) / std
 
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, digits: Digits, num_images: int) -> float:
     """Share of single held-out digits that the teacher names."""
-    images, targets = single_digits(digits, num_images, TEACHER_SIDES[0], seed=1)
+    images, targets = digits_or_none(digits, num_images, digit_teacher.SIDES_PX[0], seed=1)
     shown = targets.max(1).values == 1
-    answers = model(teacher_input(model, images[shown])).argmax(1)
+    answers = model(digit_teacher.teacher_input(model, images[shown])).argmax(1)
     return (answers == targets[shown].argmax(1)).float().mean().item()
 
 
@@ -217,12 +174,21 @@ def make_data(folder: Path, *, quick: bool) -> dict[str, float]:
     num_train, num_val = (300, 200) if quick else (NUM_TRAIN, 2000)
     write_image_folder(seen, folder / "train", num_train, seed=1, config=TRAIN_SCENES)
     write_image_folder(held_out, folder / "val", num_val, seed=2, config=VAL_SCENES)
-    model = train_teacher(seen, 30 if quick else 800, 300 if quick else 10_000)
+    num_pictures, num_steps = (300, 30) if quick else (10_000, 800)
+    model = digit_teacher.train_on(
+        [
+            digits_or_none(seen, num_pictures, side, seed=2 * side)
+            for side in digit_teacher.SIDES_PX
+        ],
+        num_steps=num_steps,
+    )
     torch.save(model.state_dict(), folder / "teacher.pth")
     source, facts = open_source(folder / "train"), {}
     for fit_name, size_px in TEACHER_PX.items():
         checkpoint = folder / "teacher.pth"
-        teacher = load_teacher(TEACHER, checkpoint=checkpoint, image_size=size_px, device="cpu")
+        teacher = load_teacher(
+            digit_teacher.NAME, checkpoint=checkpoint, image_size=size_px, device="cpu"
+        )
         labels, shards = folder / f"labels-{fit_name}", folder / f"shards-{fit_name}"
         made = generate(source, labels, teacher=teacher, fit=fit_name, top_k=TOP_K, overwrite=True)
         pack(source, shards, split="train", labels=LabelSet.open(labels), overwrite=True)

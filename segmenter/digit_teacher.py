@@ -3,6 +3,7 @@
 It never sees a scene: what it knows of one is what it says of the surroundings of each cell.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,42 +24,55 @@ NAME = "test_resnet"
 SCALE = 2
 """How much larger than its pixels it sees a scene: its cells of 32 px are 16 px of it."""
 
-_SIDES_PX = (32, 48)
+SIDES_PX = (32, 48)
 """Of the images of single digits that it learns from."""
+
+Labelled = tuple[UInt8[Tensor, "n 3 h w"], Int64[Tensor, " n"] | Float32[Tensor, "n c"]]
+"""Images, and the class of each or the probabilities of all classes."""
+
 _BATCH_SIZES = (128, 57)
 """As many pixels of either side."""
 
 
-def single_digits(
-    digits: Digits, num: int, side_px: int, *, seed: int
-) -> tuple[UInt8[Tensor, "n 3 h w"], Int64[Tensor, " n"]]:
-    """Make images of one digit each, large and small as in scenes, and their classes."""
+def one_digit(side_px: int) -> SceneConfig:
+    """Configure images of one digit each, large and small as in scenes."""
     config = SceneConfig()
     usual_px = config.sides_px[0] * config.sides_px[1]
-    alone = replace(
+    return replace(
         config,
         sides_px=(side_px, side_px),
         num_digits=(1, 1),
         largest_px=(config.smallest_px, min(config.largest_px[1], side_px - 2)),
         num_scraps=round(2 * config.num_scraps * side_px**2 / usual_px),
     )
-    scenes = list(compose_scenes(digits, num, seed=seed, config=alone))
+
+
+def single_digits(
+    digits: Digits, num: int, side_px: int, *, seed: int
+) -> tuple[UInt8[Tensor, "n 3 h w"], Int64[Tensor, " n"]]:
+    """Make images of one digit each and their classes."""
+    scenes = list(compose_scenes(digits, num, seed=seed, config=one_digit(side_px)))
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2)
     return pixels.contiguous(), torch.tensor([scene.label for scene in scenes])
 
 
 def train_teacher(digits: Digits, *, num_steps: int, num_images: int) -> nn.Module:
     """Teach the CNN single digits, in two sizes of their surroundings."""
+    sets = [single_digits(digits, num_images, side, seed=side) for side in SIDES_PX]
+    return train_on(sets, num_steps=num_steps)
+
+
+def train_on(sets: Sequence[Labelled], *, num_steps: int) -> nn.Module:
+    """Teach the CNN images of the sides SIDES_PX, one set of each, by turns."""
     torch.manual_seed(0)
     model = timm.create_model(NAME, num_classes=NUM_CLASSES)
-    sets = [single_digits(digits, num_images, side, seed=side) for side in _SIDES_PX]
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, num_steps, pct_start=0.06)
     model.train()
     for step in trange(num_steps, desc="teacher", disable=None):
-        images, classes = sets[step % 2]
+        images, targets = sets[step % 2]
         chosen = torch.randint(len(images), (_BATCH_SIZES[step % 2],))
-        loss = F.cross_entropy(model(teacher_input(model, images[chosen])), classes[chosen])
+        loss = F.cross_entropy(model(teacher_input(model, images[chosen])), targets[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -127,7 +127,7 @@ def test_one_seed_has_no_interval(learning):
 
 def test_the_teacher_learns_to_be_undecided_where_there_is_no_digit(learning):
     digits = learning.Digits([np.ones((20, 14), np.float32)] * 10, np.arange(10))
-    images, targets = learning.single_digits(digits, 10, 32, seed=0)
+    images, targets = learning.digits_or_none(digits, 10, 32, seed=0)
     assert images.shape == (10, 3, 32, 32)
     assert targets[:2].tolist() == [[pytest.approx(0.1)] * 10] * 2
     assert targets[2:].sum(1).tolist() == [1] * 8 and targets[2:].max(1).values.tolist() == [1] * 8
