@@ -47,7 +47,7 @@ from tokenlabel.labeler.label_set import LabelSet
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.labeler.teacher import load_teacher
 from tokenlabel.segmenter import digit_teacher
-from tokenlabel.segmenter.digit_teacher import Labelled, one_digit
+from tokenlabel.segmenter.digit_teacher import SIDES_PX, Labelled, one_digit
 from tokenlabel.shards.pack import pack
 from tokenlabel.trainer.data import Data, Feed, open_data
 from tokenlabel.trainer.distributed import Place, join_processes
@@ -159,7 +159,7 @@ def digits_or_none(digits: Digits, num: int, side_px: int, *, seed: int) -> Labe
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, digits: Digits, num_images: int) -> float:
     """Share of single held-out digits that the teacher names."""
-    images, targets = digits_or_none(digits, num_images, digit_teacher.SIDES_PX[0], seed=1)
+    images, targets = digits_or_none(digits, num_images, SIDES_PX[0], seed=1)
     shown = targets.max(1).values == 1
     answers = model(digit_teacher.teacher_input(model, images[shown])).argmax(1)
     return (answers == targets[shown].argmax(1)).float().mean().item()
@@ -176,10 +176,7 @@ def make_data(folder: Path, *, quick: bool) -> dict[str, float]:
     write_image_folder(held_out, folder / "val", num_val, seed=2, config=VAL_SCENES)
     num_pictures, num_steps = (300, 30) if quick else (10_000, 800)
     model = digit_teacher.train_on(
-        [
-            digits_or_none(seen, num_pictures, side, seed=2 * side)
-            for side in digit_teacher.SIDES_PX
-        ],
+        [digits_or_none(seen, num_pictures, side, seed=2 * side) for side in SIDES_PX],
         num_steps=num_steps,
     )
     torch.save(model.state_dict(), folder / "teacher.pth")
@@ -400,6 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     num_seeds = 1 if options.quick else options.seeds
     with ExitStack() as stack:
         folder = options.out or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder = folder / "quick" if options.quick else folder
         folder.mkdir(parents=True, exist_ok=True)
         facts = make_data(folder, quick=options.quick)
         print(in_words(facts), flush=True)
