@@ -172,13 +172,14 @@ def ours_for_a_gpu(folder: Path, _: bool) -> Iterator[int]:
 @pipeline_def
 def reading_pipeline(index: ShardIndex) -> Any:
     paths = index.shard_paths("train")
-    images, labels = fn.readers.webdataset(
+    read: Any = fn.readers.webdataset(
         paths=[str(path) for path in paths],
         index_paths=[str(path.with_suffix(".idx")) for path in paths],
         ext=["jpg", "tlm"],
         random_shuffle=True,
         name="reader",
     )
+    images, labels = read
     regions = fn.decoders.image_random_crop(
         images, random_area=(0.08, 1.0), random_aspect_ratio=(3 / 4, 4 / 3), hw_decoder_load=0
     )

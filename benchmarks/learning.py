@@ -86,19 +86,22 @@ class Arm:
     is_published: bool = False
     """Whether label maps are made and read as by the published code, see PublishedGeometry."""
     color: str = "#555555"
-    in_curves: bool = False
+    line: str = ""
+    """Of its curve in the figure; empty: it has none."""
 
 
+WITH_CLASS_LABEL = ("labels.class_target=label",)
+"""The class token learns the scene's class, not the label map pooled over the crop."""
 ARMS = {
-    "class labels": Arm(("labels.dense_weight=0", "labels.class_target=label"), in_curves=True),
-    "pooled labels": Arm(("labels.dense_weight=0",), color="#009e73", in_curves=True),
-    "token labels": Arm(color="#0072b2", in_curves=True),
-    "token labels, class token: class label": Arm(("labels.class_target=label",), color="#0072b2"),
+    "class labels": Arm(("labels.dense_weight=0", *WITH_CLASS_LABEL), line="-"),
+    "pooled labels": Arm(("labels.dense_weight=0",), color="#009e73", line="-"),
+    "token labels": Arm(color="#0072b2", line="-"),
+    "token labels with class label": Arm(WITH_CLASS_LABEL, color="#0072b2", line="--"),
     "token labels, zero fill": Arm(("labels.fill=zero",), color="#0072b2"),
     "token labels, MixToken": Arm(("model.mix_token=true",), color="#0072b2"),
-    "token labels, published geometry": Arm(is_published=True, color="#d55e00", in_curves=True),
-    "the same, class token: class label": Arm(
-        ("labels.class_target=label",), is_published=True, color="#d55e00"
+    "token labels, published geometry": Arm(is_published=True, color="#d55e00", line="-"),
+    "the same with class label": Arm(
+        WITH_CLASS_LABEL, is_published=True, color="#d55e00", line="--"
     ),
 }
 BASE = "class labels"
@@ -356,10 +359,11 @@ def draw(results: dict[str, Curves], out: Path) -> None:
     )
     for (upper, lower), (student, curves) in zip(axes.T, results.items()):
         for arm, runs in curves.items():
-            if ARMS[arm].in_curves:
+            if ARMS[arm].line:
                 steps = sorted(runs[0])
                 mean = [np.mean([curve[step] for curve in runs]) for step in steps]
-                upper.plot(steps, mean, color=ARMS[arm].color, lw=2, marker="o", label=arm)
+                color, line = ARMS[arm].color, ARMS[arm].line
+                upper.plot(steps, mean, color=color, ls=line, lw=2, marker="o", label=arm)
         upper.set(title=student, xlabel="training step")
         values, half = final(curves), half_interval(final(curves))
         colors = [ARMS[arm].color for arm in curves]
@@ -373,7 +377,8 @@ def draw(results: dict[str, Curves], out: Path) -> None:
         lower.set_yticks(places, list(curves))
         lower.set(xlabel="top-1 at the end, %")
     axes[0, 0].set(ylabel="top-1 on held-out scenes, %")
-    axes[0, 0].legend(frameon=False)
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False)
     axes[1, 0].invert_yaxis()
     for axis in axes.flat:
         axis.grid(alpha=0.3)

@@ -165,6 +165,11 @@ def demo(out: Path, config: DemoConfig, *, device: str = "cpu") -> DemoReport:
             outcome = train(
                 recipe, data=out / "masks", out=out / f"{arm}-{seed}", init=init, device=device
             )
+            if outcome.step < outcome.total_steps:
+                raise ValueError(
+                    f"the demo was stopped in {arm}-{seed} of {out}; it does not go on from there: "
+                    "start it again with another --out"
+                )
             miou[arm].append(outcome.metrics["raw_miou"])
             log.info("seed %d, %s: mIoU %.2f %%", seed, arm, miou[arm][-1])
     reports = [

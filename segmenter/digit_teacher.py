@@ -27,7 +27,7 @@ SCALE = 2
 SIDES_PX = (32, 48)
 """Of the images of single digits that it learns from."""
 
-Labelled = tuple[UInt8[Tensor, "n 3 h w"], Int64[Tensor, " n"] | Float32[Tensor, "n c"]]
+Labelled = tuple[UInt8[Tensor, "_ 3 _ _"], Int64[Tensor, "_"] | Float32[Tensor, "_ c"]]
 """Images, and the class of each or the probabilities of all classes."""
 
 _BATCH_SIZES = (128, 57)

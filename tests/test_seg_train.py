@@ -262,7 +262,8 @@ def test_the_first_step_is_that_of_a_loop_of_four_lines(data, tmp_path):
     )  # fmt: skip
     batch = next(feed)
     torch.manual_seed(step_seed(0, 0, 0))
-    seg_loss(*model(batch.images), batch.masks).total.backward()
+    logits, aux_logits = model(batch.images)
+    seg_loss(logits, aux_logits, batch.masks).total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
     torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01).step()
     saved = read(tmp_path / "run/checkpoints/last.pt").model
