@@ -85,6 +85,8 @@ class Arm:
     """To learning.toml, which teaches token labels as the shipped recipes do."""
     is_published: bool = False
     """Whether label maps are made and read as by the published code, see PublishedGeometry."""
+    base: str = "class labels"
+    """The arm that it is compared with."""
     color: str = "#555555"
     line: str = ""
     """Of its curve in the figure; empty: it has none."""
@@ -92,19 +94,21 @@ class Arm:
 
 WITH_CLASS_LABEL = ("labels.class_target=label",)
 """The class token learns the scene's class, not the label map pooled over the crop."""
+_TOKEN, _BOTH = "token labels", "token labels with class label"
 ARMS = {
     "class labels": Arm(("labels.dense_weight=0", *WITH_CLASS_LABEL), line="-"),
     "pooled labels": Arm(("labels.dense_weight=0",), color="#009e73", line="-"),
-    "token labels": Arm(color="#0072b2", line="-"),
-    "token labels with class label": Arm(WITH_CLASS_LABEL, color="#0072b2", line="--"),
-    "token labels, zero fill": Arm(("labels.fill=zero",), color="#0072b2"),
-    "token labels, MixToken": Arm(("model.mix_token=true",), color="#0072b2"),
-    "token labels, published geometry": Arm(is_published=True, color="#d55e00", line="-"),
+    _TOKEN: Arm(color="#0072b2", line="-"),
+    _BOTH: Arm(WITH_CLASS_LABEL, color="#0072b2", line="--"),
+    "token labels, zero fill": Arm(("labels.fill=zero",), base=_TOKEN, color="#0072b2"),
+    "token labels, MixToken": Arm(("model.mix_token=true",), base=_TOKEN, color="#0072b2"),
+    "token labels, published geometry": Arm(
+        is_published=True, base=_TOKEN, color="#d55e00", line="-"
+    ),
     "the same with class label": Arm(
-        WITH_CLASS_LABEL, is_published=True, color="#d55e00", line="--"
+        WITH_CLASS_LABEL, is_published=True, base=_BOTH, color="#d55e00", line="--"
     ),
 }
-BASE = "class labels"
 
 
 def exchange_axes(views: Float[Tensor, "b 2 3"]) -> Float[Tensor, "b 2 3"]:
@@ -309,53 +313,47 @@ Curves = dict[str, list[dict[int, float]]]
 """By arm, one for each seed: top-1 by step."""
 
 
-def final(curves: Curves) -> Float[np.ndarray, "arms seeds"]:
-    """Return the accuracies at the end."""
-    return np.array([[curve[max(curve)] for curve in runs] for runs in curves.values()])
+def final(runs: list[dict[int, float]]) -> Float[np.ndarray, " seeds"]:
+    """Return the accuracies of an arm at the end."""
+    return np.array([curve[max(curve)] for curve in runs])
 
 
-def half_interval(values: Float[np.ndarray, "arms seeds"]) -> float | None:
-    """Half of the 95 % interval of the difference between two arms' means; None for one seed.
-
-    All arms share their seeds, and what is left of the spread when the means of arms and of seeds
-    are taken out is pooled over the arms: a randomised block design.
-    """
-    num_arms, num_seeds = values.shape
-    freedom = (num_arms - 1) * (num_seeds - 1)
-    if not freedom:
+def half_interval(gains: Float[np.ndarray, " seeds"]) -> float | None:
+    """Half of the 95 % interval of a mean, Student's t; None for one seed."""
+    if len(gains) < 2:
         return None
-    left = values - values.mean(1, keepdims=True) - values.mean(0) + values.mean()
-    variance = (left**2).sum() / freedom
-    return float(student_t.ppf(0.975, freedom) * (2 * variance / num_seeds) ** 0.5)
+    return float(student_t.ppf(0.975, len(gains) - 1) * gains.std(ddof=1) / len(gains) ** 0.5)
 
 
 def summarise(student: str, curves: Curves) -> list[dict[str, Any]]:
-    """One line per arm: mean top-1 and its gain over class labels."""
-    values = final(curves)
-    gains = values.mean(1) - values.mean(1)[list(curves).index(BASE)]
-    half = half_interval(values)
-    return [
-        {
-            "student": student,
-            "learns from": arm,
-            "top-1": float(of_arm.mean()),
-            "gain": float(gain),
-            "±": None if arm == BASE else half,
-            "seeds": ", ".join(f"{value:.1f}" for value in of_arm),
-        }
-        for arm, of_arm, gain in zip(curves, values, gains)
-    ]
+    """One line per arm: mean top-1, and its gain over the arm's base with the same seeds."""
+    rows = []
+    for arm, runs in curves.items():
+        values, base = final(runs), ARMS[arm].base
+        gains = values - final(curves[base])
+        rows.append(
+            {
+                "student": student,
+                "learns from": arm,
+                "top-1": float(values.mean()),
+                "against": base if base != arm else None,
+                "gain": float(gains.mean()) if base != arm else None,
+                "±": half_interval(gains) if base != arm else None,
+                "seeds": ", ".join(f"{value:.1f}" for value in values),
+            }
+        )
+    return rows
 
 
 def draw(results: dict[str, Curves], out: Path) -> None:
-    """Draw, for each student, some arms over the steps, and all at the end."""
+    """Draw, for each student, some arms over the steps, and all gains at the end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(
-        2, len(results), figsize=(11, 7.5), layout="constrained", sharey="row", squeeze=False
+        2, len(results), figsize=(11, 8), layout="constrained", sharey="row", squeeze=False
     )
     for (upper, lower), (student, curves) in zip(axes.T, results.items()):
         for arm, runs in curves.items():
@@ -365,21 +363,20 @@ def draw(results: dict[str, Curves], out: Path) -> None:
                 color, line = ARMS[arm].color, ARMS[arm].line
                 upper.plot(steps, mean, color=color, ls=line, lw=2, marker="o", label=arm)
         upper.set(title=student, xlabel="training step")
-        values, half = final(curves), half_interval(final(curves))
-        colors = [ARMS[arm].color for arm in curves]
-        places = np.arange(len(values))
-        # Half the interval of a difference on either side: where bars do not overlap, arms differ.
-        means, reach = values.mean(1), (half or 0) / 2
-        lower.hlines(places, means - reach, means + reach, colors, lw=5, alpha=0.35)
-        lower.scatter(means, places, c=colors, s=45, zorder=3)
-        for column in values.T:
-            lower.scatter(column, places, c=colors, s=9, alpha=0.6, zorder=2)
-        lower.set_yticks(places, list(curves))
-        lower.set(xlabel="top-1 at the end, %")
+        compared = [arm for arm in curves if ARMS[arm].base != arm]
+        for place, arm in enumerate(compared):
+            gains, color = final(curves[arm]) - final(curves[ARMS[arm].base]), ARMS[arm].color
+            bar = {"xerr": half_interval(gains), "fmt": "o", "color": color, "capsize": 4}
+            lower.errorbar(gains.mean(), place, **bar)
+            lower.scatter(gains, [place + 0.2] * len(gains), s=9, color=color, alpha=0.6)
+        lower.axvline(0, color="black", lw=1)
+        names = [f"{arm}\nagainst {ARMS[arm].base}" for arm in compared]
+        lower.set_yticks(range(len(compared)), names, fontsize=8)
+        lower.set(xlabel="gain in top-1 at the end, points")
     axes[0, 0].set(ylabel="top-1 on held-out scenes, %")
-    lines, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False)
     axes[1, 0].invert_yaxis()
+    lines, names = axes[0, 0].get_legend_handles_labels()
+    figure.legend(lines, names, loc="outside upper center", ncols=3, frameon=False, handlelength=4)
     for axis in axes.flat:
         axis.grid(alpha=0.3)
     figure.savefig(out, dpi=110)
@@ -394,7 +391,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true", help="a smoke test: proves nothing")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--students", nargs="+", choices=STUDENTS, help="only these: no results")
     parser.add_argument("--out", type=Path, help="folder of data and runs; a second start goes on")
     options = parser.parse_args(arguments)
