@@ -1,4 +1,4 @@
-"""Write what was measured into docs/performance.md, README.md and docs/scale.md.
+"""Write what was measured into README.md and pages of docs/.
 
     python benchmarks/table.py           rewrite them from results/*.json
     python benchmarks/table.py --check   change nothing; fail if they are not up to date
@@ -22,6 +22,8 @@ PAGES = {
     "speed": ROOT / "docs/performance.md",
     "speed in short": ROOT / "README.md",
     "growth": ROOT / "docs/scale.md",
+    "learned": ROOT / "docs/learning.md",
+    "learned in short": ROOT / "README.md",
 }
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
@@ -359,6 +361,47 @@ def growth(results: Mapping[str, Result]) -> str:
     return "\n".join([f"Measured on: {'; '.join(machines)}.", "", *lines])
 
 
+def learned(results: Mapping[str, Result]) -> str:
+    """Write the tables of docs/learning.md, one for each student."""
+    if "learning" not in results:
+        return "Nothing was measured yet."
+    result, parts = results["learning"], []
+    for student in dict.fromkeys(row["student"] for row in result["rows"]):
+        lines = [f"| {student} learns from | top-1, % | gain | against | seeds |"]
+        lines.append("|---|---|---|---|---|")
+        for row in result["rows"]:
+            if row["student"] != student:
+                continue
+            gain = "" if row["gain"] is None else f"{row['gain']:+.1f} ± {row['±']:.1f}"
+            lines.append(
+                f"| {row['learns from']} | {row['top-1']:.1f} | {gain} | {row['against'] or ''} "
+                f"| {row['seeds']} |"
+            )
+        parts.append("\n".join(lines))
+    where = f"Measured on: {result['machine']['date']}, {machine(result)}."
+    return "\n\n".join([*parts, where])
+
+
+def learned_in_short(results: Mapping[str, Result]) -> str:
+    """Write README's line of what token labels bring."""
+    if "learning" not in results:
+        return "- What token labels bring a student: not measured (`learning.py`)."
+    told = []
+    for row in results["learning"]["rows"]:
+        if row["learns from"] == "token labels with class label":
+            told.append(
+                f"{row['top-1']:.1f} % in place of {row['top-1'] - row['gain']:.1f} "
+                f"({row['student']})"
+            )
+    seeds = results["learning"]["seeds"]
+    line = (
+        "- With token labels beside class labels students get more held-out scenes right than with "
+        f"class labels alone, in as many steps: {' and '.join(told)} "
+        f"(`learning.py`; digits, {seeds} seeds)."
+    )
+    return textwrap.fill(line, 104, subsequent_indent="  ", break_on_hyphens=False)
+
+
 def extent(row: Mapping[str, Any], size: str) -> str:
     mins, gib = row[f"mins_{size}"], row[f"peak_gib_{size}"]
     time = f"{mins:,.0f} min" if mins >= 2 else f"{60 * mins:,.0f} s"
@@ -384,11 +427,14 @@ def rewritten(results: Mapping[str, Result]) -> dict[Path, str]:
         "speed": speed(results),
         "speed in short": speed_in_short(results),
         "growth": growth(results),
+        "learned": learned(results),
+        "learned in short": learned_in_short(results),
     }
-    return {
-        path: replaced(path.read_text(encoding="utf-8"), name, contents[name])
-        for name, path in PAGES.items()
-    }
+    pages: dict[Path, str] = {}
+    for name, path in PAGES.items():
+        page = pages.get(path) or path.read_text(encoding="utf-8")
+        pages[path] = replaced(page, name, contents[name])
+    return pages
 
 
 def main() -> None:
