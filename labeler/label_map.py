@@ -13,15 +13,17 @@ of plane is flushed as a block of its own, so that it gets its own Huffman table
 
 import math
 import struct
+import threading
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 import zstandard
-from jaxtyping import Bool, Float16, Float32, Int32, Int64, Shaped, UInt8, UInt16, UInt32
+from jaxtyping import Bool, Float16, Float32, Int32, Int64, Shaped, UInt, UInt8, UInt16, UInt32
 
 MAGIC = b"\x89TLM"
 VERSION = 1
@@ -33,17 +35,20 @@ _WIDE_CODES = 2
 _BYTE_SCORES = 4
 _EMPTY_RANKS = 8
 _HEADER = struct.Struct("<4sBBBBIII")  # magic, version, flags, levels, k, classes-1, palette, crc
+_HEAD = struct.Struct("<BBBBI")  # of these: version to classes-1
 _LEVEL = struct.Struct("<HH4f")  # rows, cols, window
 _STEPS = struct.Struct("<5f")  # of 8-bit scores, see _Steps
-_CRC_OFFSET = 16
+_VERSION_AT, _PALETTE_AT, _CRC_AT = 4, 12, 16
+_PALETTE_AND_CRC = struct.Struct("<II")
 _ZSTD_LEVEL = 1
 _MAX_WINDOW_BYTES = 1 << 23
+_MAPS_AT_ONCE = 128
+"""Of a batch: what reading them takes then fits a core's cache."""
+_MAX_KEPT_BYTES = 1 << 22
+"""Of each array between bytes and maps, from one call to the next."""
 _MAX_ODDS = 16.0
 _SMALLEST_STEP = 0.09
 """Of 8-bit scores, in logits: finer ones cost bytes, and teachers are not that sure."""
-_CODES = np.arange(1 << 16, dtype=np.uint16)
-_FLOAT16_OF_CODE = np.where(_CODES & 0x8000, _CODES ^ 0x8000, ~_CODES).view(np.float16)
-"""Undoes _monotone."""
 
 
 class LabelMapError(ValueError):
@@ -231,7 +236,7 @@ def train_dictionary(
         LabelMapError: If the samples are too few or too small to train on.
     """
     decompressor = _decompressor(dictionary)
-    payloads = [_unpack(data, decompressor)[1] for data in samples]
+    payloads = [_unpack(_read_header(data), decompressor).payload for data in samples]
     try:
         trained = zstandard.train_dictionary(
             size_bytes,
@@ -255,21 +260,21 @@ def decode(data: bytes, *, dictionary: bytes | None = None) -> tuple[LabelMap, .
     Raises:
         LabelMapError: Whatever the bytes are, nothing else is raised.
     """
-    header, payload = _unpack(data, _decompressor(dictionary))
-    palette = _palette(header, payload)
+    image = [_unpack(_read_header(data), _decompressor(dictionary))]
+    kind = image[0].kind
+    palette = np.empty((1, image[0].palette_size), np.int64)
+    _fill_palettes(palette, image)
     maps = []
-    for number, level in enumerate(header.levels):
-        table = np.frombuffer(_section(header, payload, number), np.uint8)[None]
-        indices = _resolve(_codes(table, header, level))
-        scores, normalizer = _scores(table, indices, header, header.own_steps)
-        if int(indices.max()) >= header.palette_size:
-            raise LabelMapError(f"palette index {indices.max()} of {header.palette_size} classes")
+    for number, level in enumerate(kind.levels):
+        indices = _resolve(_codes(image, number), _first_indices(image))
+        _check_indices(indices, image)
+        scores, normalizer = _scores(image, number, indices)
         maps.append(
             LabelMap(
-                scores=scores[0],
-                classes=palette[indices[0]],
-                num_classes=header.num_classes,
-                log_normalizer=None if normalizer is None else normalizer[0],
+                scores=scores[0].copy(),
+                classes=palette[0, indices[0]].astype(np.uint32),
+                num_classes=kind.num_classes,
+                log_normalizer=None if normalizer is None else normalizer[0].copy(),
                 window=level.window,
             )
         )
@@ -286,7 +291,7 @@ def check(data: bytes, *, dictionary: bytes | None = None) -> None:
     Raises:
         LabelMapError: If they are not.
     """
-    _unpack(data, _decompressor(dictionary))
+    _unpack(_read_header(data), _decompressor(dictionary))
 
 
 def decode_batch(batch: Sequence[bytes], *, dictionary: bytes | None = None) -> PaletteArrays:
@@ -300,25 +305,15 @@ def decode_batch(batch: Sequence[bytes], *, dictionary: bytes | None = None) -> 
         LabelMapError: If one of them is damaged, or if k, num_classes or the number of levels
             differ; the message gives the position in the batch.
     """
-    unpacked = []
-    decompressor = _decompressor(dictionary)
-    for position, data in enumerate(batch):
-        try:
-            unpacked.append(_unpack(data, decompressor))
-        except LabelMapError as error:
-            raise LabelMapError(f"label map {position} of the batch: {error}") from error
-    headers = [header for header, _ in unpacked]
-    arrays = _empty_arrays(
-        [header.levels for header in headers],
-        [header.palette_size for header in headers],
-        ks={header.k for header in headers},
-        class_counts={header.num_classes for header in headers},
-        has_normalizer=all(header.has_normalizer for header in headers),
-    )
-    _fill_palettes(arrays.palette, unpacked)
-    for level in range(arrays.grids.shape[1]):
-        _fill_level(arrays, level, unpacked)
-    return arrays
+    try:
+        return _read_together([_read_header(data) for data in batch], _decompressor(dictionary))
+    except LabelMapError:
+        for position, data in enumerate(batch):
+            try:
+                decode(data, dictionary=dictionary)
+            except LabelMapError as error:
+                raise LabelMapError(f"label map {position} of the batch: {error}") from error
+        raise  # each is whole, but they do not belong together
 
 
 def to_arrays(images: Sequence[LabelMap | Sequence[LabelMap]]) -> PaletteArrays:
@@ -393,84 +388,114 @@ class _Steps(NamedTuple):
         return blocks
 
 
-class _Header(NamedTuple):
+class _Kind(NamedTuple):
+    """What a header says about the arrangement of the bytes; many maps of a set share it."""
+
     flags: int
     k: int
     num_classes: int
-    palette_size: int
     levels: tuple[_Level, ...]
-    steps: _Steps | None
+    starts: tuple[int, ...]
+    """Of each level's uncompressed bytes, behind the palette; then where the last one's end."""
 
     @property
     def has_normalizer(self) -> bool:
         return bool(self.flags & _HAS_NORMALIZER)
 
     @property
-    def own_steps(self) -> list[_Steps]:
-        """The steps of 8-bit scores as a list of one; empty for 16-bit scores."""
-        return [] if self.steps is None else [self.steps]
+    def has_empty_ranks(self) -> bool:
+        return bool(self.flags & _EMPTY_RANKS)
 
     @property
     def code_bytes(self) -> int:
-        return 2 if self.flags & _WIDE_CODES else 1
-
-    def section_bytes(self, level: _Level) -> int:
-        """Bytes of one level's codes, scores and normaliser, before compression."""
-        rows, cols = level.grid
-        score_bytes = 2 if self.steps is None else 1
-        per_cell = self.k * (self.code_bytes + score_bytes) + score_bytes * self.has_normalizer
-        return rows * cols * per_cell
-
-    @property
-    def ends(self) -> list[int]:
-        """Where the palette ends in the uncompressed bytes, and then each level's section."""
-        sizes = (4 * self.palette_size, *map(self.section_bytes, self.levels))
-        return list(accumulate(sizes))
+        return _code_bytes(self.flags)
 
 
-def _crc(header: bytes, body: bytes) -> int:
+class _Header(NamedTuple):
+    """One image's maps, checked but for the compressed frame."""
+
+    kind: _Kind
+    palette_size: int
+    steps: _Steps | None
+    """Of 8-bit scores."""
+    frame: memoryview
+
+
+class _Unpacked(NamedTuple):
+    """The same with the frame uncompressed."""
+
+    kind: _Kind
+    palette_size: int
+    steps: _Steps | None
+    payload: bytes
+
+
+def _code_bytes(flags: int) -> int:
+    return 2 if flags & _WIDE_CODES else 1
+
+
+def _crc(header: bytes, body: bytes | memoryview) -> int:
     """CRC-32 of everything but itself, so that a flipped bit is found wherever it is."""
-    return zlib.crc32(body, zlib.crc32(header[:_CRC_OFFSET]))
+    return zlib.crc32(body, zlib.crc32(header[:_CRC_AT]))
 
 
-def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Header, bytes]:
-    """Check header and checksum, then decompress; never allocates beyond the header's claim."""
-    if len(data) < _HEADER.size:
-        raise LabelMapError(f"{len(data)} bytes are too few for a header of {_HEADER.size}")
-    magic, version, flags, num_levels, k, last_class, palette_size, crc = _HEADER.unpack_from(data)
-    if magic != MAGIC:
-        raise LabelMapError(f"starts with {magic!r}, a label map with {MAGIC!r}")
-    if version != VERSION:
-        raise LabelMapError(f"version {version} is not known; this program reads {VERSION}")
-    body = data[_HEADER.size :]
-    if _crc(data, body) != crc:
-        raise LabelMapError("the checksum does not fit: the bytes are damaged or cut short")
+@lru_cache(maxsize=1024)
+def _read_kind(head: bytes, levels: bytes) -> _Kind:
+    """Read what stands in a header between its magic and the palette size, and behind it."""
+    _, flags, num_levels, k, last_class = _HEAD.unpack(head)
     if flags & ~(_HAS_NORMALIZER | _WIDE_CODES | _BYTE_SCORES | _EMPTY_RANKS):
         raise LabelMapError(f"flags {flags:#x} are not known to version {VERSION}")
-    frame_at = num_levels * _LEVEL.size + (_STEPS.size if flags & _BYTE_SCORES else 0)
-    if num_levels == 0 or len(body) < frame_at:
-        raise LabelMapError(f"{num_levels} levels do not fit in {len(body)} bytes")
-    levels = []
+    score_bytes = 1 if flags & _BYTE_SCORES else 2
+    per_cell = k * (_code_bytes(flags) + score_bytes) + score_bytes * (flags & _HAS_NORMALIZER)
+    found, sizes = [], [0]
     for i in range(num_levels):
-        rows, cols, *window = _LEVEL.unpack_from(body, i * _LEVEL.size)
+        rows, cols, *window = _LEVEL.unpack_from(levels, i * _LEVEL.size)
         _check_counts(k, rows, cols, last_class + 1)
         _check_window(tuple(window))
-        levels.append(_Level((rows, cols), tuple(window)))
-    steps = None
-    if flags & _BYTE_SCORES:
-        steps = _Steps(*_STEPS.unpack_from(body, num_levels * _LEVEL.size))
-        if not all(map(math.isfinite, steps)) or min(steps.top, steps.gap, steps.odds) < 0:
-            raise LabelMapError(f"{steps} are no steps of 8-bit scores")
-    header = _Header(flags, k, last_class + 1, palette_size, tuple(levels), steps)
-    smallest = 1 if flags & _EMPTY_RANKS else k
-    if not smallest <= palette_size <= header.num_classes:
-        raise LabelMapError(f"a palette of {palette_size}, k {k}, {header.num_classes} classes")
-    num_bytes = header.ends[-1]
+        found.append(_Level((rows, cols), tuple(window)))
+        sizes.append(rows * cols * per_cell)
+    return _Kind(flags, k, last_class + 1, tuple(found), tuple(accumulate(sizes)))
+
+
+def _read_header(data: bytes) -> _Header:
+    """Check checksum and header."""
+    if len(data) < _HEADER.size:
+        raise LabelMapError(f"{len(data)} bytes are too few for a header of {_HEADER.size}")
+    if not data.startswith(MAGIC):
+        raise LabelMapError(f"starts with {data[:4]!r}, a label map with {MAGIC!r}")
+    version, flags, num_levels = data[_VERSION_AT : _VERSION_AT + 3]
+    if version != VERSION:
+        raise LabelMapError(f"version {version} is not known; this program reads {VERSION}")
+    view = memoryview(data)
+    palette_size, crc = _PALETTE_AND_CRC.unpack_from(data, _PALETTE_AT)
+    if _crc(data, view[_HEADER.size :]) != crc:
+        raise LabelMapError("the checksum does not fit: the bytes are damaged or cut short")
+    steps_at = _HEADER.size + num_levels * _LEVEL.size
+    frame_at = steps_at + (_STEPS.size if flags & _BYTE_SCORES else 0)
+    if num_levels == 0 or len(data) < frame_at:
+        raise LabelMapError(f"{num_levels} levels do not fit in {len(data) - _HEADER.size} bytes")
+    kind = _read_kind(data[_VERSION_AT:_PALETTE_AT], data[_HEADER.size : steps_at])
+    steps = _read_steps(data, steps_at) if flags & _BYTE_SCORES else None
+    if not (1 if kind.has_empty_ranks else kind.k) <= palette_size <= kind.num_classes:
+        raise LabelMapError(f"a palette of {palette_size}, k {kind.k}, {kind.num_classes} classes")
+    return _Header(kind, palette_size, steps, view[frame_at:])
+
+
+def _read_steps(data: bytes, offset: int) -> _Steps:
+    steps = _Steps(*_STEPS.unpack_from(data, offset))
+    if not all(map(math.isfinite, steps)) or min(steps.top, steps.gap, steps.odds) < 0:
+        raise LabelMapError(f"{steps} are no steps of 8-bit scores")
+    return steps
+
+
+def _unpack(header: _Header, decompressor: zstandard.ZstdDecompressor) -> _Unpacked:
+    """Decompress; never allocates beyond the header's claim."""
+    kind, palette_size, steps, frame = header
+    num_bytes = 4 * palette_size + kind.starts[-1]
     if num_bytes > MAX_PAYLOAD_BYTES:
         raise LabelMapError(
             f"unpacks to {num_bytes} bytes; at most {MAX_PAYLOAD_BYTES} are allowed"
         )
-    frame = body[frame_at:]
     try:
         # A size in the frame's own header would override max_output_size.
         if zstandard.frame_content_size(frame) not in (-1, num_bytes):
@@ -484,10 +509,10 @@ def _unpack(data: bytes, decompressor: zstandard.ZstdDecompressor) -> tuple[_Hea
         raise LabelMapError(_why_unreadable(frame, error)) from error
     if len(payload) != num_bytes:
         raise LabelMapError(f"{len(payload)} bytes unpacked, {num_bytes} expected")
-    return header, payload
+    return _Unpacked(kind, palette_size, steps, payload)
 
 
-def _why_unreadable(frame: bytes, error: Exception) -> str:
+def _why_unreadable(frame: memoryview, error: Exception) -> str:
     try:
         dict_id = zstandard.get_frame_parameters(frame).dict_id
     except zstandard.ZstdError:
@@ -500,111 +525,129 @@ def _why_unreadable(frame: bytes, error: Exception) -> str:
     )
 
 
-def _palette(header: _Header, payload: bytes) -> UInt32[np.ndarray, " u"]:
-    palette = np.zeros((1, header.palette_size), np.int64)
-    _fill_palettes(palette, [(header, payload)])
-    return palette[0].astype(np.uint32)
+def _read_together(
+    headers: list[_Header], decompressor: zstandard.ZstdDecompressor
+) -> PaletteArrays:
+    kinds = [header.kind for header in headers]
+    arrays = _empty_arrays(
+        [kind.levels for kind in kinds],
+        [header.palette_size for header in headers],
+        ks={kind.k for kind in kinds},
+        class_counts={kind.num_classes for kind in kinds},
+        has_normalizer=all(kind.has_normalizer for kind in kinds),
+    )
+    for start in range(0, len(headers), _MAPS_AT_ONCE):
+        end = min(start + _MAPS_AT_ONCE, len(headers))
+        images = [_unpack(header, decompressor) for header in headers[start:end]]
+        _fill_palettes(arrays.palette[start:end], images)
+        for level in range(len(kinds[0].levels)):
+            _fill_level(arrays, slice(start, end), level, images)
+    return arrays
 
 
-def _fill_palettes(
-    palettes: Int64[np.ndarray, "b u"], unpacked: Sequence[tuple[_Header, bytes]]
-) -> None:
+def _fill_palettes(palettes: Int64[np.ndarray, "b u"], images: Sequence[_Unpacked]) -> None:
     """Read all palettes at once: differences, in planes of bytes, most significant first."""
     b, u = palettes.shape
-    sizes = np.array([header.palette_size for header, _ in unpacked])
-    planes = np.zeros((4, b, u), np.uint8)
-    for i, (header, payload) in enumerate(unpacked):
-        size = header.palette_size
-        planes[:, i, :size] = np.frombuffer(payload, np.uint8, 4 * size).reshape(4, size)
-    palettes[:] = planes.transpose(1, 2, 0).copy().view(">u4")[..., 0]
-    is_used = np.arange(u) < sizes[:, None]
-    repeats = (palettes[:, 1:] == 0) & is_used[:, 1:]
-    np.cumsum(palettes, axis=1, out=palettes)
-    num_classes = np.array([header.num_classes for header, _ in unpacked])
-    wrong = repeats.any(axis=1) | (palettes[:, -1] >= num_classes)
-    if wrong.any():
-        raise LabelMapError(f"{_whose(wrong)}the palette does not ascend below num_classes")
-    palettes[~is_used] = 0
-
-
-def _whose(wrong: Bool[np.ndarray, " b"]) -> str:
-    """Name the first image of a batch with which something is wrong."""
-    return "" if len(wrong) == 1 else f"label map {int(wrong.argmax())} of the batch: "
-
-
-def _codes(
-    table: UInt8[np.ndarray, "b bytes"], header: _Header, level: _Level
-) -> Int32[np.ndarray, "b k rows cols"]:
-    """Read the neighbour codes of several maps of one shape; 2k stands for a repeated rank."""
-    shape = (header.k, *level.grid)
-    num_codes = math.prod(shape)
-    planes = table[:, : num_codes * header.code_bytes]
-    codes = _from_planes(planes, len(table), num_codes, header.code_bytes).astype(np.int32)
-    codes = codes.reshape(-1, *shape)
-    k, empty_ranks = header.k, bool(header.flags & _EMPTY_RANKS)
-    if (codes[:, :, 0] < k).any() or ((codes[..., 0] >= k) & (codes[..., 0] < 2 * k)).any():
-        raise LabelMapError("a cell at the border names a neighbour outside the grid")
-    if not empty_ranks:
-        codes += codes >= 2 * k
-    elif (codes[:, 0] == 2 * k).any():
-        raise LabelMapError("a cell without any class")
-    return codes
-
-
-def _scores(
-    table: UInt8[np.ndarray, "b bytes"],
-    indices: Int32[np.ndarray, "b k rows cols"],
-    header: _Header,
-    steps: list[_Steps],
-) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
-    """Read scores and normaliser of several maps of one shape.
-
-    What may differ between the maps' headers comes in `steps`, one each, or none for 16-bit scores.
-    """
-    rest = table[:, indices[0].size * header.code_bytes :]
-    if steps:
-        return _read_byte_scores(rest, indices, header.has_normalizer, steps)
-    return _read_scores(rest, indices.shape, header.has_normalizer)
+    parts = [
+        image.payload[start : start + image.palette_size].ljust(u, b"\0")
+        for image in images
+        for start in range(0, 4 * image.palette_size, image.palette_size)
+    ]
+    steps = _scratch.take("steps", (b, u), np.uint32)
+    _join_planes(np.frombuffer(b"".join(parts), np.uint8).reshape(b, 4, u), steps)
+    np.cumsum(steps, axis=1, out=palettes)
+    sizes = np.array([image.palette_size for image in images], np.int32)
+    num_classes = np.array([image.kind.num_classes for image in images])
+    ascending = np.count_nonzero(steps[:, 1:]) == sizes.sum() - b
+    if not ascending or (palettes[:, -1] >= num_classes).any():
+        raise LabelMapError("the palette does not ascend below num_classes")
+    palettes *= np.arange(u, dtype=np.int32) < sizes[:, None]
 
 
 def _fill_level(
-    arrays: PaletteArrays, level: int, unpacked: Sequence[tuple[_Header, bytes]]
+    arrays: PaletteArrays, part: slice, level: int, images: Sequence[_Unpacked]
 ) -> None:
-    """Decode one level of all images and write it into the batch."""
+    """Decode one level of a part of the images and write it into the batch."""
     # Maps of one shape are read together; the neighbour codes of all shapes are resolved at once.
     groups: dict[tuple, list[int]] = {}
-    for position, (header, _) in enumerate(unpacked):
-        kind = (header.flags, header.k, header.levels[level].grid)
+    for position, image in enumerate(images):
+        kind = (image.kind.flags & (_HAS_NORMALIZER | _BYTE_SCORES), image.kind.levels[level].grid)
         groups.setdefault(kind, []).append(position)
-    tables = []
-    b, _, k = arrays.indices.shape[:3]
-    codes = np.full((b, k, *arrays.grids[:, level].max(axis=0)), 2 * k + 1, np.int32)
-    for (_, _, (rows, cols)), positions in groups.items():
-        sections = b"".join(_section(*unpacked[position], level) for position in positions)
-        table = np.frombuffer(sections, np.uint8).reshape(len(positions), -1)
-        header = unpacked[positions[0]][0]
-        codes[positions, :, :rows, :cols] = _codes(table, header, header.levels[level])
-        tables.append(table)
-    indices = _resolve(codes)
-    too_large = indices.max(axis=(1, 2, 3)) >= arrays.palette_sizes
-    if too_large.any():
-        raise LabelMapError(f"{_whose(too_large)}a palette index lies beyond its palette")
-    arrays.indices[:, level, :, : indices.shape[2], : indices.shape[3]] = indices
-    for ((_, _, (rows, cols)), positions), table in zip(groups.items(), tables):
-        header = unpacked[positions[0]][0]
-        steps = [step for position in positions for step in unpacked[position][0].own_steps]
-        own = indices[positions, :, :rows, :cols]
-        scores, normalizer = _scores(table, own, header, steps)
+    first_indices = _first_indices(images)
+    if len(groups) == 1:
+        codes = _codes(images, level)
+    else:
+        shape = (len(images), images[0].kind.k, *arrays.grids[part, level].max(axis=0).tolist())
+        codes = _scratch.take("padded codes", shape, np.uint16)
+        codes[:] = first_indices[:, None, None, None]
+        for (_, (rows, cols)), positions in groups.items():
+            codes[positions, :, :rows, :cols] = _codes([images[p] for p in positions], level)
+    indices = _resolve(codes, first_indices)
+    _check_indices(indices, images)
+    arrays.indices[part, level, :, : indices.shape[2], : indices.shape[3]] = indices
+    for (_, (rows, cols)), positions in groups.items():
+        which = positions if len(groups) > 1 else slice(None)
+        own = indices[which, :, :rows, :cols]
+        scores, normalizer = _scores([images[p] for p in positions], level, own)
         _check_distinct(own, scores)
-        arrays.scores[positions, level, :, :rows, :cols] = scores
+        arrays.scores[part, level][which, :, :rows, :cols] = scores
         if arrays.log_normalizer is not None:
-            arrays.log_normalizer[positions, level, :rows, :cols] = normalizer
+            arrays.log_normalizer[part, level][which, :rows, :cols] = normalizer
 
 
-def _section(header: _Header, payload: bytes, level: int) -> bytes:
-    """Cut one level out of the uncompressed bytes."""
-    start, end = header.ends[level : level + 2]
-    return payload[start:end]
+def _codes(images: Sequence[_Unpacked], level: int) -> UInt16[np.ndarray, "b k rows cols"]:
+    """Read the neighbour codes of maps of one shape; repeats of a rank become what they repeat."""
+    k, (rows, cols) = images[0].kind.k, images[0].kind.levels[level].grid
+    num_codes = k * rows * cols
+    code_bytes = max(image.kind.code_bytes for image in images)
+    parts = []
+    for image in images:
+        start = 4 * image.palette_size + image.kind.starts[level]
+        if image.kind.code_bytes < code_bytes:
+            parts.append(bytes(num_codes))
+        parts.append(image.payload[start : start + num_codes * image.kind.code_bytes])
+    planes = np.frombuffer(b"".join(parts), np.uint8).reshape(-1, code_bytes, num_codes)
+    codes = _scratch.take("codes", (len(images), num_codes), np.uint16)
+    _join_planes(planes, codes)
+    codes = codes.reshape(-1, k, rows, cols)
+    may_repeat = np.array([image.kind.has_empty_ranks for image in images])
+    if may_repeat.any():
+        repeats = (codes == 2 * k) & may_repeat[:, None, None, None]
+        if repeats[:, 0].any():
+            raise LabelMapError("a cell without any class")
+        for rank in range(1, k):
+            np.copyto(codes[:, rank], codes[:, rank - 1], where=repeats[:, rank])
+    return codes
+
+
+def _first_indices(images: Sequence[_Unpacked]) -> UInt16[np.ndarray, " b"]:
+    """The code that stands for the first class of the palette, of each map."""
+    codes = [2 * image.kind.k + image.kind.has_empty_ranks for image in images]
+    return np.array(codes, np.uint16)
+
+
+def _check_indices(
+    indices: UInt16[np.ndarray, "b k rows cols"], images: Sequence[_Unpacked]
+) -> None:
+    sizes = np.array([image.palette_size for image in images])
+    if (indices.reshape(len(images), -1).max(axis=1) >= sizes).any():
+        raise LabelMapError("a palette index lies beyond its palette")
+
+
+def _scores(
+    images: Sequence[_Unpacked], level: int, indices: UInt16[np.ndarray, "b k rows cols"]
+) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
+    """Read scores and normaliser of several maps of one shape."""
+    parts = []
+    for image in images:
+        start, end = image.kind.starts[level : level + 2]
+        start += indices[0].size * image.kind.code_bytes
+        parts.append(image.payload[4 * image.palette_size + start : 4 * image.palette_size + end])
+    table = np.frombuffer(b"".join(parts), np.uint8).reshape(len(images), -1)
+    steps = [image.steps for image in images if image.steps is not None]
+    if steps:
+        return _read_byte_scores(table, indices, images[0].kind.has_normalizer, steps)
+    return _read_scores(table, indices.shape, images[0].kind.has_normalizer)
 
 
 def _empty_arrays(
@@ -621,15 +664,21 @@ def _empty_arrays(
             f"maps of different kinds in one batch: k {sorted(ks)}, "
             f"classes {sorted(class_counts)}, levels {sorted(num_levels)}"
         )
-    grids = np.array([[level.grid for level in pyramid] for pyramid in pyramids], np.int64)
-    windows = np.array([[level.window for level in pyramid] for pyramid in pyramids], np.float32)
+    distinct = {id(pyramid): pyramid for pyramid in pyramids}  # most often all are one object
+    numbers = {key: number for number, key in enumerate(distinct)}
+    which = [numbers[id(pyramid)] for pyramid in pyramids]
+    grids = np.array([[m.grid for m in ms] for ms in distinct.values()], np.int64)
+    windows = np.array([[m.window for m in ms] for ms in distinct.values()], np.float32)[which]
+    is_padded = (grids != grids.max(axis=(0, 1))).any()
+    new = np.zeros if is_padded else np.empty  # without padding all is written to
+    grids = grids[which]
     padded = (*grids.shape[:2], ks.pop(), *grids.max(axis=(0, 1)).tolist())
     return PaletteArrays(
         palette=np.zeros((len(pyramids), max(palette_sizes)), np.int64),
         palette_sizes=np.array(palette_sizes, np.int64),
-        indices=np.zeros(padded, np.int32),
-        scores=np.zeros(padded, np.float16),
-        log_normalizer=np.zeros(padded[:2] + padded[3:], np.float16) if has_normalizer else None,
+        indices=new(padded, np.int32),
+        scores=new(padded, np.float16),
+        log_normalizer=new(padded[:2] + padded[3:], np.float16) if has_normalizer else None,
         grids=grids,
         windows=windows,
         num_classes=class_counts.pop(),
@@ -643,7 +692,13 @@ def _monotone(values: Float16[np.ndarray, "*shape"]) -> UInt16[np.ndarray, "*sha
 
 
 def _from_monotone(codes: UInt16[np.ndarray, "*shape"]) -> Float16[np.ndarray, "*shape"]:
-    return _FLOAT16_OF_CODE.take(codes)
+    """Undo _monotone in place, by shifts: a table of 65,536 would not stay in a core's cache."""
+    is_positive = _scratch.take("signs", codes.shape, np.int16)
+    np.right_shift(codes.view(np.int16), 15, out=is_positive)  # all bits or none
+    is_positive &= 0x7FFF
+    np.invert(codes, out=codes)
+    codes ^= is_positive.view(np.uint16)
+    return codes.view(np.float16)
 
 
 def _score_planes(level: LabelMap) -> list[bytes]:
@@ -659,26 +714,31 @@ def _read_scores(
     table: UInt8[np.ndarray, "b bytes"], shape: tuple[int, ...], has_normalizer: bool
 ) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
     """Undo _score_planes for several maps of one (b, k, rows, cols)."""
-    num_maps, num_scores = shape[0], math.prod(shape[1:])
-    monotone = _from_planes(table[:, : 2 * num_scores], num_maps, num_scores, 2).reshape(shape)
+    b, num_cells = shape[0], math.prod(shape[2:])
+    num_scores = shape[1] * num_cells
+    monotone = _scratch.take("scores", (b, num_scores), np.uint16)
+    _join_planes(table[:, : 2 * num_scores].reshape(b, 2, num_scores), monotone)
+    monotone = monotone.reshape(shape)
     for rank in range(1, shape[1]):
-        above, gap = monotone[:, rank - 1], monotone[:, rank]
-        if (gap > above).any():
-            raise LabelMapError("a score falls below the lowest float16")
-        np.subtract(above, gap, out=gap)
-    _check_finite(monotone[:, [0, -1]], "scores")
-    if not has_normalizer:
-        return _from_monotone(monotone), None
-    cells = (num_maps, *shape[2:])
-    gap = _from_planes(table[:, 2 * num_scores :], num_maps, math.prod(shape[2:]), 2)
-    total = gap.reshape(cells) + monotone[:, 0]
-    _check_finite(total, "log_normalizer")
-    return _from_monotone(monotone), _from_monotone(total)
+        np.subtract(monotone[:, rank - 1], monotone[:, rank], out=monotone[:, rank])
+    if (monotone[:, 1:] > monotone[:, :-1]).any():  # wrapped around
+        raise LabelMapError("a score falls below the lowest float16")
+    _check_finite(monotone[:, 0], "scores")
+    _check_finite(monotone[:, -1], "scores")
+    total = None
+    if has_normalizer:
+        total = _scratch.take("normalizers", (b, num_cells), np.uint16)
+        _join_planes(table[:, 2 * num_scores :].reshape(b, 2, num_cells), total)
+        total = total.reshape(b, *shape[2:])
+        total += monotone[:, 0]
+        _check_finite(total, "log_normalizer")
+        total = _from_monotone(total)
+    return _from_monotone(monotone), total
 
 
 def _read_byte_scores(
     table: UInt8[np.ndarray, "b bytes"],
-    indices: Int32[np.ndarray, "b k rows cols"],
+    indices: UInt16[np.ndarray, "b k rows cols"],
     has_normalizer: bool,
     steps: list[_Steps],
 ) -> tuple[Float16[np.ndarray, "b k rows cols"], Float16[np.ndarray, "b rows cols"] | None]:
@@ -751,40 +811,43 @@ def _neighbor_codes(
     return codes
 
 
-def _resolve(codes: Int32[np.ndarray, "b k rows cols"]) -> Int32[np.ndarray, "b k rows cols"]:
-    """Palette indices from neighbour codes; 2k repeats the rank before, an index i is 2k + 1 + i.
+def _resolve(
+    codes: UInt16[np.ndarray, "b k rows cols"], first_indices: UInt16[np.ndarray, " b"]
+) -> UInt16[np.ndarray, "b k rows cols"]:
+    """Palette indices from neighbour codes and from those of indices, which begin at the given.
 
     A cell needs those above and to the left, so all cells of a diagonal can be resolved at once,
-    in all maps. Slanted by a column a row, diagonals are columns, and both neighbours of a cell lie
-    in the column before.
+    in all maps. With the maps along the last axis each step runs through contiguous memory.
     """
     b, k, rows, cols = codes.shape
-    slanted = np.zeros((rows + cols - 1, rows, k, b), np.int32)
-    for row in range(rows):
-        slanted[row : row + cols, row] = codes[:, :, row].transpose(2, 1, 0)
-    repeats = bool((codes == 2 * k).any())
-    # What a code may name: for each cell and image the ranks above, those to the left, itself.
-    known = np.zeros((rows, 2 * k, b), np.int32)
-    place = 2 * k * b * np.arange(rows)[:, None, None] + np.arange(b)
+    by_cell = _scratch.take("cells", (k * rows * cols, b), np.uint16)
+    by_cell[:] = codes.reshape(b, -1).T
+    grid = by_cell.reshape(k, rows * cols, b)
+    left_border = grid[:, ::cols] - np.uint16(k)  # below k wraps around to the largest
+    if (grid[:, :cols] < k).any() or (left_border < k).any():
+        raise LabelMapError("a cell at the border names a neighbour outside the grid")
+    # What a code may name: for each row of the present diagonal the ranks above, then those to the
+    # left. Codes of indices point behind them, at a 0, so that the larger of both is the answer.
+    named = _scratch.take("named", (2 * k * rows * b + 1,), np.uint16)
+    named[-1] = 0
+    above, left = named[:-1].reshape(2, k, rows, b)
+    place = np.arange(rows * b).reshape(rows, b)
+    source = _scratch.take("source", (k * min(rows, cols) * b,), np.intp)
     for diagonal in range(rows + cols - 1):
-        first, end = max(0, diagonal - cols + 1), min(diagonal + 1, rows)
-        now = slanted[diagonal, first:end]
-        if diagonal:
-            before = slanted[diagonal - 1]
-            known[max(first, 1) : end, :k] = before[max(first, 1) - 1 : end - 1]
-            known[first:end, k:] = before[first:end]
-        named = known.take(now * b + place[first:end], mode="clip")
-        is_index = now > 2 * k
-        resolved = np.where(is_index, now - (2 * k + 1), named)
-        if repeats:
-            for rank in range(1, k):
-                again = now[:, rank] == 2 * k
-                resolved[:, rank][again] = resolved[:, rank - 1][again]
-        slanted[diagonal, first:end] = resolved
-    indices = np.empty_like(codes)
-    for row in range(rows):
-        indices[:, :, row] = slanted[row : row + cols, row].transpose(2, 1, 0)
-    return indices
+        top, end = max(0, diagonal - cols + 1), min(diagonal + 1, rows)
+        cell = top * cols + diagonal - top
+        now = grid[:, cell : cell + (end - top - 1) * (cols - 1) + 1 : max(cols - 1, 1)]
+        places = source[: now.size].reshape(now.shape)
+        np.multiply(now, rows * b, out=places, dtype=np.intp)
+        places += place[top:end]
+        np.maximum(now, named.take(places, mode="clip"), out=now)
+        left[:, top:end] = now
+        above[:, top + 1 : end + 1] = now[:, : rows - top - 1]
+    indices = _scratch.take("indices", (b, k * rows * cols), np.uint16)
+    for start in range(0, indices.shape[1], 64):  # all at once, each write would miss the cache
+        indices[:, start : start + 64] = by_cell[start : start + 64].T
+    indices -= first_indices[:, None]
+    return indices.reshape(codes.shape)
 
 
 def _planes(values: np.ndarray, num_bytes: int) -> list[bytes]:
@@ -794,17 +857,35 @@ def _planes(values: np.ndarray, num_bytes: int) -> list[bytes]:
     return [table[:, i].tobytes() for i in reversed(range(num_bytes))]
 
 
-def _from_planes(
-    data: bytes | np.ndarray, num_maps: int, num_values: int, num_bytes: int
-) -> np.ndarray:
-    """Join planes of bytes, most significant first, into (num_maps, num_values) integers."""
-    table = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data
-    planes = table.reshape(num_maps, num_bytes, num_values)
-    dtype = np.uint32 if num_bytes == 4 else np.uint16
-    values = planes[:, 0].astype(dtype)
-    for i in range(1, num_bytes):
-        values = values << dtype(8) | planes[:, i]
-    return values
+def _join_planes(planes: UInt8[np.ndarray, "b planes n"], values: UInt[np.ndarray, "b n"]) -> None:
+    """Undo _planes, for several maps."""
+    values[:] = planes[:, 0]
+    for i in range(1, planes.shape[1]):
+        values <<= 8
+        values |= planes[:, i]
+
+
+class _Scratch(threading.local):
+    """Memory for what lies between bytes and arrays, kept for the next call.
+
+    Taking it anew for each batch would cost as much again: the system clears every page.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, UInt8[np.ndarray, " n"]] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> np.ndarray:
+        """Return an array with whatever it held before; the next of this name overwrites it."""
+        num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.size < num_bytes:
+            buffer = np.empty(num_bytes, np.uint8)
+            if num_bytes <= _MAX_KEPT_BYTES:
+                self._buffers[name] = buffer
+        return buffer[:num_bytes].view(dtype).reshape(shape)
+
+
+_scratch = _Scratch()
 
 
 def _compress(blocks: list[bytes], dictionary: bytes | None) -> bytes:

@@ -215,6 +215,25 @@ def test_pyramids_decode_in_batches_too():
         decode_batch([encode(pyramids[0]), encode(pyramids[0][0])])
 
 
+@pytest.mark.parametrize("grids", [[(4, 6), (9, 13)], [(5, 5), (7, 6)]])
+def test_padding_is_zero_whatever_the_memory_held(
+    grids: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+):
+    rng = np.random.default_rng(16)
+    pyramid = [random_map(rng, grid=grid) for grid in grids]
+    data = encode(pyramid)
+    monkeypatch.setattr(module.np, "empty", lambda shape, dtype: np.full(shape, 9, dtype))
+    for arrays in (decode_batch([data, data]), to_arrays([pyramid, pyramid])):
+        assert arrays.log_normalizer is not None
+        (rows, cols), _ = grids
+        for padded in (
+            arrays.indices[:, 0, 0],
+            arrays.scores[:, 0, 0],
+            arrays.log_normalizer[:, 0],
+        ):
+            assert not padded[:, rows:].any() and not padded[:, :, cols:].any()
+
+
 def test_one_map_without_normalizer_leaves_the_batch_without():
     rng = np.random.default_rng(2)
     batch = decode_batch([encode(random_map(rng)), encode(random_map(rng, normalizer=False))])
@@ -227,6 +246,40 @@ def test_batch_errors_name_the_position():
         decode_batch([good, good[:-1]])
     with pytest.raises(LabelMapError, match=r"k \[3, 5\]"):
         decode_batch([good, encode(random_map(np.random.default_rng(3), k=3))])
+
+
+def test_damage_that_only_decoding_finds_is_named_in_a_batch():
+    beyond = _forge(SAMPLE, palette=struct.unpack_from("<I", SAMPLE, 12)[0] + 1)
+    with pytest.raises(LabelMapError) as alone:
+        decode(beyond)
+    with pytest.raises(LabelMapError) as caught:
+        decode_batch([SAMPLE, SAMPLE, beyond])
+    assert str(caught.value) == f"label map 2 of the batch: {alone.value}"
+
+
+def test_a_large_batch_of_maps_of_all_kinds_decodes_as_one_by_one():
+    rng = np.random.default_rng(14)
+    grids = [(5, 6), (6, 5), (7, 7), (1, 9), (9, 1)]
+    maps = [random_map(rng, grid=grids[i % 5], num_classes=90, spread=4.0) for i in range(150)]
+    maps[7] = random_map(rng, grid=(19, 20), num_classes=900)  # codes of two bytes
+    maps[140] = random_map(rng, grid=(19, 20), num_classes=900)
+    maps = [keep_mass(m, 0.8) if i % 3 == 0 else m for i, m in enumerate(maps)]
+    maps = [replace(m, num_classes=900) for m in maps]
+    data = [encode(m, score_bits=8 if i % 4 == 1 else 16) for i, m in enumerate(maps)]
+    batch, expected = decode_batch(data), to_arrays([decode(d)[0] for d in data])
+    for name, got, want in zip(batch._fields, batch, expected):
+        np.testing.assert_array_equal(got, want, err_msg=name)
+
+
+def test_what_was_decoded_stays_when_more_is_decoded():
+    rng = np.random.default_rng(15)
+    first, second = (encode(random_map(rng, grid=(6, 7))) for _ in range(2))
+    (one,), batch = decode(first), decode_batch([first])
+    decode(second)
+    decode_batch([second])
+    assert one.equals(decode(first)[0])
+    for got, want in zip(batch, decode_batch([first])):
+        np.testing.assert_array_equal(got, want)
 
 
 def test_palettes_of_more_than_a_byte_survive():

@@ -2,15 +2,18 @@
 
 import errno
 import fcntl
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from click.testing import CliRunner, Result
 from offered import fill_with_photos, offer, shards_of, tar_of
@@ -31,6 +34,7 @@ from PIL import Image
 from wds2idx import IndexCreator
 
 from tokenlabel import cli
+from tokenlabel.labeler.images import BadImage, load_image, portable_jpeg
 from tokenlabel.labeler.sources import ImageSource, Sample, open_source
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack
@@ -288,6 +292,51 @@ def test_a_folder_of_unusable_images_is_an_error(tmp_path: Path, out: Path):
     with pytest.raises(ValueError, match="none of 1 images can be packed, e.g. cat/x: .* empty"):
         pack(open_source(tmp_path / "images"), out, split="train")
     assert list(out.iterdir()) == []
+
+
+def damaged(data: bytes, kind: str, rng: np.random.Generator) -> bytes:
+    """Spoil a file somewhere behind its first two bytes."""
+    at = int(rng.integers(2, len(data) - 64))
+    put = {
+        "cut off": b"",
+        "cut off, with an end": b"\xff\xd9",
+        "a flipped bit": bytes([data[at] ^ 1 << rng.integers(8)]) + data[at + 1 :],
+        "64 bytes of garbage": rng.bytes(64) + data[at + 64 :],
+        "64 bytes of zeros": bytes(64) + data[at + 64 :],
+        "64 bytes left out": data[at + 64 :],
+        "a marker": bytes([0xFF, rng.integers(0xC0, 0xFF)]) + data[at + 2 :],
+    }
+    return data[:at] + put[kind]
+
+
+def is_refused(read: Callable[[bytes], object], data: bytes) -> bool:
+    try:
+        read(data)
+    except BadImage:
+        return True
+    return False
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Corrupt EXIF data", "ignore:Image appears to be a malformed MPO"
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"progressive": True}, {"restart_marker_blocks": 4}, {"subsampling": "4:4:4"}]
+)
+def test_the_check_of_an_image_finds_what_decoding_it_in_full_finds(options: dict[str, Any]):
+    """The check decodes at an eighth of the size, in grey."""
+    rng = np.random.default_rng(0)
+    buffer = io.BytesIO()
+    photo(0).resize((96, 72)).save(buffer, "JPEG", quality=92, **options)
+    kinds = ["cut off", "cut off, with an end", "a flipped bit", "64 bytes of garbage"]
+    kinds += ["64 bytes of zeros", "64 bytes left out", "a marker"]
+    found = 0
+    for number in range(140):
+        data = damaged(buffer.getvalue(), kinds[number % len(kinds)], rng)
+        in_full = is_refused(load_image, data)
+        assert is_refused(portable_jpeg, data) == in_full, kinds[number % len(kinds)]
+        found += in_full
+    assert 20 < found < 140
 
 
 # ---------------------------------------------------------------------------- joining with labels
