@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.installed
 CODE := $(wildcard *.py) labeler shards trainer evaluator segmenter explainer examples tests benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all check format bench bench-all bench-gpu clean
+.PHONY: help demo test test-all test-gpu check format bench bench-all bench-gpu clean
 
 help: ## This list
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | while IFS="$$(printf '\t')" read -r target what; \
@@ -21,6 +21,9 @@ test: $(INSTALLED) ## Run the tests
 
 test-all: $(INSTALLED) ## Run the tests, the slow ones and those for a GPU too
 	$(BIN)/python -m pytest
+
+test-gpu: .typecheck/tokenlabel ## Run the tests for a GPU, with .venv or else PYTHON
+	PYTHONPATH=.typecheck $(or $(wildcard $(BIN)/python),$(PYTHON)) -m pytest -m gpu
 
 check: $(INSTALLED) .typecheck/tokenlabel ## Lint, format check, types
 	$(BIN)/ruff check $(CODE)

@@ -105,9 +105,10 @@ def steps(
     }
 
     def fresh(step: Callable[[], torch.Tensor]) -> torch.Tensor:
-        for tensor in logits:
+        loss = step()
+        for tensor in logits:  # each step begins without gradients, in memory, too
             tensor.grad = None
-        return step()
+        return loss
 
     return {name: partial(fresh, step) for name, step in ways.items()}
 

@@ -60,6 +60,7 @@ def label(
 
 def keep_best(logits: Tensor, top_k: int) -> LabelMap:
     """Reduce the logits (classes, rows, cols) of a whole image to a label map."""
+    logits = logits.cpu()
     scores, classes = logits.topk(top_k, 0)
     return LabelMap(
         scores=scores.half().numpy(),

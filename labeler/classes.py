@@ -215,7 +215,9 @@ class Reduction:
         self._num_full = len(full)
         self._are_single = len(members) == space.num_classes == len(full)
         self._members = torch.tensor(members, device=device)
-        self._group = torch.arange(len(full)).repeat_interleave(torch.tensor(sizes)).to(device)
+        groups = torch.arange(len(full))
+        groups = groups.repeat_interleave(torch.tensor(sizes), output_size=len(members))
+        self._group = groups.to(device)
         self._places = torch.tensor(places, device=device)
 
     def __call__(self, logits: Float32[Tensor, "n teacher"]) -> Float32[Tensor, "n c"]:

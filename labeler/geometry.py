@@ -66,7 +66,10 @@ def apply_view(
 
 
 def token_points(
-    grid: tuple[int, int], *, per_side: int = SAMPLES_PER_SIDE
+    grid: tuple[int, int],
+    *,
+    per_side: int = SAMPLES_PER_SIDE,
+    device: torch.device | str = "cpu",
 ) -> Float32[Tensor, "p 2"]:
     """The points at which tokens are sampled, as (u, v) in the crop's unit square.
 
@@ -74,8 +77,8 @@ def token_points(
     token row, point row, token column, point column; p = rows · cols · per_side².
     """
     rows, cols = grid
-    v = (torch.arange(rows * per_side) + 0.5) / (rows * per_side)
-    u = (torch.arange(cols * per_side) + 0.5) / (cols * per_side)
+    v = (torch.arange(rows * per_side, device=device) + 0.5) / (rows * per_side)
+    u = (torch.arange(cols * per_side, device=device) + 0.5) / (cols * per_side)
     return torch.stack(torch.meshgrid(v, u, indexing="ij")[::-1], -1).reshape(-1, 2)
 
 
@@ -443,7 +446,7 @@ class _FreePoints:
         frames: Float[Tensor, "b f 2 3"] | None,
         grid: tuple[int, int],
     ) -> None:
-        points = token_points(grid).to(views.device)
+        points = token_points(grid, device=views.device)
         self._shape = (grid[0] * SAMPLES_PER_SIDE, grid[1] * SAMPLES_PER_SIDE)
         self._in_image = apply_view(views.float(), points)
         self._seen = torch.ones_like(self._in_image[..., 0], dtype=torch.bool)
@@ -462,8 +465,8 @@ class _FreePoints:
         in_window = (self._in_image - windows[..., :2]) / (windows[..., 2:] - windows[..., :2])
         inside = (_within_unit(in_window).all(2) & self._seen).float()
         mh, mw = planes.shape[1:3]
-        sizes = torch.tensor([mw, mh], device=planes.device)
-        units = _on_map(in_window, cells) * 2 / sizes - 1  # grid_sample's
+        x, y = (_on_map(in_window, cells) * 2).unbind(2)
+        units = torch.stack([x / mw - 1, y / mh - 1], 2)  # grid_sample's
         # padding_mode is never used: points are already clamped to the outermost cell centres.
         sampled = F.grid_sample(
             planes.permute(0, 3, 1, 2), units.unflatten(1, self._shape), align_corners=False

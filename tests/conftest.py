@@ -19,6 +19,11 @@ hypothesis.settings.register_profile("new", deadline=None)
 hypothesis.settings.load_profile("seeded")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _few_threads():
     # The suite shares two cores with DALI's threads; tiny tensors gain nothing from more.

@@ -127,6 +127,11 @@ def _device(name: str) -> torch.device:
             f"--device {name!r} is no device; use auto, cpu, cuda or cuda:N"
         ) from error
     if device.type == "cuda":
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ValueError(
+                f"--device {name} is one GPU, and this machine has "
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes; --device cuda gives each its own"
+            )
         index = int(os.environ.get("LOCAL_RANK", "0")) if device.index is None else device.index
         if index >= num_gpus:
             raise ValueError(

@@ -4,6 +4,8 @@ Imported on GPUs only, or with TRITON_INTERPRET=1 on a CPU, which is how the tes
 the plain version.
 """
 
+import inspect
+
 import torch
 import triton
 import triton.language as tl
@@ -38,7 +40,8 @@ def sparse_cross_entropies(
     num_columns = palette.shape[1]
     _kernel[(b * n,)](
         logits, palette, probabilities.contiguous(), background.contiguous(), weights.contiguous(),
-        losses, losses if gradient is None else gradient, n, num_classes, num_columns,
+        losses, losses if gradient is None else gradient, n, num_columns,
+        num_classes=num_classes,
         block_c=triton.next_power_of_2(num_classes),
         block_u=triton.next_power_of_2(num_columns),
         with_gradient=gradient is not None,
@@ -47,11 +50,15 @@ def sparse_cross_entropies(
     return losses
 
 
-@triton.jit
+# Palettes differ from batch to batch, which must not mean another kernel for each. Classes do not,
+# and of a number that it knows Triton sees how many are read at a time: 8, for 1,000 of 16 bits.
+@triton.jit(do_not_specialize=["num_tokens", "num_columns"])
+@inspect.unwrap  # where shapes are checked it is wrapped, and Triton needs its module's names
 def _kernel(
     logits, palette, probabilities, background, weights, losses, gradient,
-    num_tokens, num_classes, num_columns,
-    block_c: tl.constexpr, block_u: tl.constexpr, with_gradient: tl.constexpr,
+    num_tokens, num_columns,
+    num_classes: tl.constexpr, block_c: tl.constexpr, block_u: tl.constexpr,
+    with_gradient: tl.constexpr,
 ):  # fmt: skip
     # One program a token. 64 bits: 256 images of 196 tokens and 65,536 classes pass 2³¹.
     token = tl.program_id(0).to(tl.int64)

@@ -47,7 +47,8 @@ class PixelMix:
                 self.tokens,
             )
         )
-        return (1 - (1 - self.kept_inside) * rows[:, None] * cols).flatten().to(device)
+        kept = (1 - (1 - self.kept_inside) * rows[:, None] * cols).flatten()
+        return kept.to(device, non_blocking=True)  # or the host would wait for the step before
 
 
 def _covered(low: int, high: int, side: int, num_tokens: int) -> Float32[Tensor, " t"]:

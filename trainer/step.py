@@ -142,7 +142,7 @@ def add_gradients(
     for part in range(parts):
         images, taught = batch.images, targets
         if parts > 1:
-            rows = rows_of_part(part, len(images), parts).to(images.device)
+            rows = rows_of_part(part, len(images), parts).to(images.device, non_blocking=True)
             images, taught = images[rows], pick(targets, rows)
         if isinstance(mix, PixelMix):
             mirrored = torch.arange(len(images) - 1, -1, -1, device=images.device)

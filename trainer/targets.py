@@ -61,7 +61,7 @@ def smooth_(targets: TokenTargets, smoothing: float) -> TokenTargets:
 
     The published code adds up to 1 + smoothing / num_classes; see docs/recipes.md.
     """
-    even = torch.tensor(1 / targets.num_classes, device=targets.palette.device)
+    even = torch.full((), 1 / targets.num_classes, device=targets.palette.device)
     for probabilities in (
         *(targets.tokens, targets.token_background),
         *(targets.view, targets.view_background),
@@ -149,7 +149,7 @@ def blend_targets(
     view, view_background, view_weight = _blend(
         (targets.view[:, None], targets.view_background[:, None], targets.view_weight[:, None]),
         (partners.view[:, None], partners.view_background[:, None], partners.view_weight[:, None]),
-        kept_by_tokens.new_tensor([kept]),
+        kept_by_tokens.new_full((1,), kept),
         first,
     )
     return TokenTargets(
