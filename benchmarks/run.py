@@ -1,7 +1,7 @@
 """Run the benchmarks one after the other, then rewrite the tables.
 
     python benchmarks/run.py          what is about speed: under 20 minutes on two cores
-    python benchmarks/run.py --all    also what takes longer: growth, alignment, learning
+    python benchmarks/run.py --all    also what takes longer: growth, labels, learning, heatmaps
     python benchmarks/run.py --gpu    the rows for a GPU, on a machine that has one
 
 A script that lacks something is left out, and what it lacks is said. The tables are rewritten from
@@ -34,6 +34,8 @@ class Script:
     """Modules, besides those in COMMON."""
     about: Literal["speed", "more"] = "speed"
     has_gpu_rows: bool = False
+    needs_on_gpu: tuple[str, ...] = ()
+    """Modules, besides those, for the rows of a GPU."""
 
 
 SCRIPTS = [
@@ -43,11 +45,12 @@ SCRIPTS = [
     Script("pack", (*DEMO, "webdataset")),
     Script("feed", (*DEMO, *DALI)),
     Script("generation", DEMO, has_gpu_rows=True),
-    Script("training_step", has_gpu_rows=True),
+    Script("training_step", has_gpu_rows=True, needs_on_gpu=("foolbox", "nvidia.dali")),
     Script("evaluation", (*DEMO, *DALI)),
-    Script("scale", DALI, "more"),
-    Script("alignment", (*DEMO, "skimage", "sklearn"), "more"),
-    Script("learning", ("mlxtend", "scipy", *DALI), "more"),
+    Script("scale", DALI, about="more"),
+    Script("alignment", (*DEMO, "skimage", "sklearn"), about="more"),
+    Script("learning", ("mlxtend", "scipy", *DALI), about="more"),
+    Script("faithfulness", ("mlxtend", "scipy", *DALI), about="more"),
 ]
 
 
@@ -62,7 +65,8 @@ def obstacle(script: Script, *, on_gpu: bool) -> str | None:
     """Say why a script cannot run here."""
     if not (HERE / f"{script.name}.py").exists():
         return "there is no such script"
-    missing = [name for name in (*COMMON, *script.needs) if not is_there(name)]
+    needs = (*COMMON, *script.needs, *(script.needs_on_gpu if on_gpu else ()))
+    missing = [name for name in needs if not is_there(name)]
     if missing:
         return f"needs {', '.join(missing)}, not installed here"
     if on_gpu:

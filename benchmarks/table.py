@@ -24,6 +24,7 @@ PAGES = {
     "growth": ROOT / "docs/scale.md",
     "learned": ROOT / "docs/learning.md",
     "learned in short": ROOT / "README.md",
+    "faithful": ROOT / "docs/explanations.md",
 }
 FORMATTER = argparse.RawDescriptionHelpFormatter
 
@@ -402,6 +403,28 @@ def learned_in_short(results: Mapping[str, Result]) -> str:
     return textwrap.fill(line, 104, subsequent_indent="  ", break_on_hyphens=False)
 
 
+def faithful(results: Mapping[str, Result]) -> str:
+    """Write the tables of docs/explanations.md, one for each question."""
+    if "faithfulness" not in results:
+        return "Nothing was measured yet."
+    result, parts = results["faithfulness"], []
+    for table, measures in result["tables"].items():
+        heads = [f"{title} {'↑' if is_more else '↓'}" for title, is_more in measures.values()]
+        lines = [f"| {table} | place | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+        for row in sorted(result["rows"], key=lambda row: row[f"place, {table}"]):
+            cells = [row["method"], f"{row[f'place, {table}']:.1f}"]
+            for name in measures:
+                reach = (row[f"{name} high"] - row[f"{name} low"]) / 2
+                mark = " ~" if row[f"{name} like random"] else ""
+                cells.append(f"{row[name]:.1f} ± {reach:.1f}{mark}")
+            lines.append(f"| {' | '.join(cells)} |")
+        parts.append("\n".join(lines))
+    clean = [f"{run['clean'][0]:.1f}" for run in result["runs"]]
+    where = f"{result['machine']['date']}, {machine(result)}"
+    parts.append(f"Right on the scenes as they are: {', '.join(clean)} %. Measured on: {where}.")
+    return "\n\n".join(parts)
+
+
 def extent(row: Mapping[str, Any], size: str) -> str:
     mins, gib = row[f"mins_{size}"], row[f"peak_gib_{size}"]
     time = f"{mins:,.0f} min" if mins >= 2 else f"{60 * mins:,.0f} s"
@@ -429,6 +452,7 @@ def rewritten(results: Mapping[str, Result]) -> dict[Path, str]:
         "growth": growth(results),
         "learned": learned(results),
         "learned in short": learned_in_short(results),
+        "faithful": faithful(results),
     }
     pages: dict[Path, str] = {}
     for name, path in PAGES.items():

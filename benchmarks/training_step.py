@@ -1,6 +1,6 @@
 """Claim: a training step of LV-ViT-S keeps a GPU busy, and its targets and loss take little memory.
 
-    python benchmarks/training_step.py            on a CPU memory, on a GPU speed; five minutes
+    python benchmarks/training_step.py            on a CPU memory, on a GPU speed; minutes
     python benchmarks/training_step.py --quick    a smoke test
 
 On a GPU: images per second of whole steps in bf16 (targets, forward, loss, backward, clipping norm,

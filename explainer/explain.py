@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -43,6 +43,8 @@ _BEST = re.compile(r"top([1-9]\d*)")
 _DIGITS = 6
 
 _logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,10 +121,10 @@ def explain_images(
         OSError: Something cannot be read or written.
     """
     for model in models.values():
-        _methods_of(model, config)  # what is wrong is wrong before the first image is read
+        methods_of(model, config.methods)  # what is wrong is wrong before the first image is read
         _chosen(torch.zeros(model.num_classes), model.classes, config.classes)
         model.model.eval().to(device, torch.float64 if config.double else torch.float32)
-    samples = _spread(source.samples, config.limit)
+    samples = spread(source.samples, config.limit)
     if labels is not None and not any(sample.key in labels for sample in samples):
         raise ValueError(
             f"{labels.folder} has labels for none of these images, whose keys are like "
@@ -195,7 +197,7 @@ def _explain_one(
     classes = _chosen(probs, model.classes, config.classes)
     found = {
         name: list(_heatmaps(name, model, image, classes, config))
-        for name in _methods_of(model, config)
+        for name in methods_of(model, config.methods)
     }
     per_class = [name for name in found if METHODS[name].of_class]
     best = probs.topk(min(_NUM_ANSWERS, len(probs)))
@@ -260,19 +262,27 @@ def _read_maps(labels: LabelSet | None, key: str) -> Sequence[LabelMap]:
 # ------------------------------------------------------------------------------------- choices
 
 
-def _methods_of(model: EvalModel, config: ExplainConfig) -> list[str]:
-    """List the methods to use with a model."""
+def methods_of(model: EvalModel, wanted: Sequence[str]) -> list[str]:
+    """List the methods to use with a model, each once.
+
+    Args:
+        model: The model.
+        wanted: Keys of METHODS; with "all" among them, all that are possible.
+
+    Raises:
+        ValueError: An unknown method, or one that the model does not know.
+    """
     known = [name for name in possible(model.model) if name != "dense" or model.has_dense_head]
     if not known:
         transformer_of(model.model)  # says why
-    wanted = known if "all" in config.methods else list(dict.fromkeys(config.methods))
-    for name in wanted:
+    chosen = known if "all" in wanted else list(dict.fromkeys(wanted))
+    for name in chosen:
         find(name)
         if name not in known:
             raise ValueError(
                 f"{name} does not work with {model.name}; possible: {', '.join(known)}"
             )
-    return wanted
+    return chosen
 
 
 def _chosen(probs: Float32[Tensor, " c"], classes: ClassList, wanted: Sequence[str]) -> list[int]:
@@ -287,7 +297,8 @@ def _chosen(probs: Float32[Tensor, " c"], classes: ClassList, wanted: Sequence[s
     return list(dict.fromkeys(found))
 
 
-def _spread(samples: Sequence[Sample], limit: int | None) -> list[Sample]:
+def spread(samples: Sequence[_T], limit: int | None) -> list[_T]:
+    """Take no more than `limit` of a sequence, evenly spread over it."""
     if limit is None or len(samples) <= limit:
         return list(samples)
     return [samples[i * len(samples) // limit] for i in range(limit)]
@@ -318,7 +329,9 @@ def _title(models: Mapping[str, EvalModel]) -> str:
 
 
 def _notes(models: Mapping[str, EvalModel], config: ExplainConfig) -> list[str]:
-    used = dict.fromkeys(name for each in models.values() for name in _methods_of(each, config))
+    used = dict.fromkeys(
+        name for each in models.values() for name in methods_of(each, config.methods)
+    )
     lines = "; ".join(f"{name}: {METHODS[name].what}" for name in used)
     return [
         f"{lines}.",

@@ -30,35 +30,37 @@ SIDES_PX = (32, 48)
 Labelled = tuple[UInt8[Tensor, "_ 3 _ _"], Int64[Tensor, "_"] | Float32[Tensor, "_ c"]]
 """Images, and the class of each or the probabilities of all classes."""
 
+_USUAL = SceneConfig()
 _BATCH_SIZES = (128, 57)
 """As many pixels of either side."""
 
 
-def one_digit(side_px: int) -> SceneConfig:
-    """Configure images of one digit each, large and small as in scenes."""
-    config = SceneConfig()
+def one_digit(side_px: int, config: SceneConfig = _USUAL) -> SceneConfig:
+    """Configure images of one digit each, large and small as in these scenes."""
     usual_px = config.sides_px[0] * config.sides_px[1]
     return replace(
         config,
         sides_px=(side_px, side_px),
         num_digits=(1, 1),
-        largest_px=(config.smallest_px, min(config.largest_px[1], side_px - 2)),
+        largest_px=(config.smallest_px, min(config.largest_px[1], side_px - 2 - 2 * config.rim_px)),
         num_scraps=round(2 * config.num_scraps * side_px**2 / usual_px),
     )
 
 
 def single_digits(
-    digits: Digits, num: int, side_px: int, *, seed: int
+    digits: Digits, num: int, side_px: int, *, seed: int, config: SceneConfig
 ) -> tuple[UInt8[Tensor, "n 3 h w"], Int64[Tensor, " n"]]:
     """Make images of one digit each and their classes."""
-    scenes = list(compose_scenes(digits, num, seed=seed, config=one_digit(side_px)))
+    scenes = list(compose_scenes(digits, num, seed=seed, config=one_digit(side_px, config)))
     pixels = torch.from_numpy(np.stack([scene.pixels for scene in scenes])).permute(0, 3, 1, 2)
     return pixels.contiguous(), torch.tensor([scene.label for scene in scenes])
 
 
-def train_teacher(digits: Digits, *, num_steps: int, num_images: int) -> nn.Module:
-    """Teach the CNN single digits, in two sizes of their surroundings."""
-    sets = [single_digits(digits, num_images, side, seed=side) for side in SIDES_PX]
+def train_teacher(
+    digits: Digits, *, num_steps: int, num_images: int, config: SceneConfig
+) -> nn.Module:
+    """Teach the CNN single digits as in these scenes, in two sizes of their surroundings."""
+    sets = [single_digits(digits, num_images, side, seed=side, config=config) for side in SIDES_PX]
     return train_on(sets, num_steps=num_steps)
 
 
@@ -94,5 +96,5 @@ def teacher_input(
 def save_as_teacher(model: nn.Module, path: Path, *, device: str) -> Teacher:
     """Write a trained CNN's weights and open them as tl-label does."""
     torch.save(model.state_dict(), path)
-    side_px = SceneConfig().sides_px[0] * SCALE
+    side_px = _USUAL.sides_px[0] * SCALE
     return load_teacher(NAME, checkpoint=path, image_size=side_px, device=device)

@@ -24,6 +24,8 @@ BACKGROUND = 255
 _HELD_OUT_PER_CLASS = 100
 _INK = 0.5
 """Where a digit covers more than this of a pixel, the pixel is the digit's."""
+_DARK = np.float32(0.15)
+"""Brightness of the ink on a sticker, of the sticker's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,9 @@ class SceneConfig:
     """Scraps of ink strewn over the background."""
     scrap_px: tuple[int | float, int | float] = (4, 9)
     """Range of their sizes."""
+    rim_px: int = 0
+    """Of stickers: above 0, each digit is dark on a bright sticker, cut out this far around its
+    ink, and the whole sticker is the digit's. Sizes stay those of the ink."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,7 @@ class PlacedDigit:
 
     digit: int
     box: tuple[int, int, int, int]
-    """(x0, y0, x1, y1) of its ink in pixels, x1 and y1 exclusive."""
+    """(x0, y0, x1, y1) of its ink, or its sticker, in pixels; x1 and y1 exclusive."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +117,18 @@ def compose_scene(digits: Digits, random: np.random.Generator, config: SceneConf
     class_map = np.full(size, BACKGROUND, np.uint8)
     placed: list[PlacedDigit] = []
     for digit, longer_px in zip(classes.tolist(), _sizes(random, num, config)):
-        glyph = _scaled(_pick(digits, digit, random), longer_px)
+        glyph = np.pad(_scaled(_pick(digits, digit, random), longer_px), config.rim_px)
         corner = _free_place(glyph.shape, placed, size, random)
         if corner is None:
             continue
         top, left = corner
         rows, cols = slice(top, top + len(glyph)), slice(left, left + glyph.shape[1])
-        _blend(pixels[rows, cols], glyph, _ink_color(random))
-        class_map[rows, cols][glyph > _INK] = digit
+        shape = _widened(glyph, config.rim_px)
+        color = _ink_color(random)
+        _blend(pixels[rows, cols], shape, color)
+        if config.rim_px:
+            _blend(pixels[rows, cols], glyph, color * _DARK)
+        class_map[rows, cols][shape > _INK] = digit
         placed.append(PlacedDigit(digit, (left, top, left + glyph.shape[1], top + len(glyph))))
     noisy = pixels + random.normal(0, 0.03, pixels.shape)
     return Scene(
@@ -176,6 +185,17 @@ def _scaled(glyph: Float32[np.ndarray, "_ _"], longer_px: int) -> Float32[np.nda
     height, width = (max(2, round(length * factor)) for length in glyph.shape)
     image = Image.fromarray(glyph).resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(image).clip(0, 1)
+
+
+def _widened(glyph: Float32[np.ndarray, "h w"], rim_px: int) -> Float32[np.ndarray, "h w"]:
+    """Spread ink to all pixels that are not farther away than this."""
+    height, width = glyph.shape
+    padded, wide = np.pad(glyph, rim_px), glyph
+    reach = range(-rim_px, rim_px + 1)
+    for y, x in ((y, x) for y in reach for x in reach if y * y + x * x <= rim_px * rim_px):
+        top, left = rim_px + y, rim_px + x
+        wide = np.maximum(wide, padded[top : top + height, left : left + width])
+    return wide
 
 
 def _free_place(

@@ -1,6 +1,6 @@
 """A sheet that shows images with the masks that are right beside those that were predicted."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,23 +30,43 @@ class Compared:
 
 def draw_sheet(images: Sequence[Compared], classes: ClassSet, *, ignore_index: int) -> Image.Image:
     """Draw images under each other: as they are, with their masks, with their predictions."""
-    return stack([_row(image, classes, ignore_index) for image in images])
+    return draw_comparison({"prediction": images}, classes, ignore_index=ignore_index)
 
 
-def _row(image: Compared, classes: ClassSet, ignore_index: int) -> Image.Image:
+def draw_comparison(
+    answers: Mapping[str, Sequence[Compared]], classes: ClassSet, *, ignore_index: int
+) -> Image.Image:
+    """Draw images under each other as `draw_sheet` does, with the predictions of several models.
+
+    Args:
+        answers: Name of each model → the same images, with its predictions.
+        classes: Names and colours.
+        ignore_index: Of the masks.
+    """
+    rows = zip(*answers.values(), strict=True)
+    return stack([_row(dict(zip(answers, row)), classes, ignore_index) for row in rows])
+
+
+def _row(answers: Mapping[str, Compared], classes: ClassSet, ignore_index: int) -> Image.Image:
+    image = next(iter(answers.values()))
     photo = Image.fromarray(image.pixels.permute(1, 2, 0).contiguous().cpu().numpy())
-    mask, predicted = image.mask.cpu(), image.predicted.cpu()
+    mask = image.mask.cpu()
     is_class = mask != ignore_index
-    right = int((mask == predicted)[is_class].sum()) / max(1, int(is_class.sum()))
     # What is no class is no pixel's colour, nor of the legend.
-    true = torch.where(is_class, mask, -1).numpy()
-    both = np.concatenate([true.ravel(), predicted.numpy().ravel()])[None]
+    layers = [torch.where(is_class, mask, -1).numpy()]
+    words = ["mask"]
+    for name, answer in answers.items():
+        predicted = answer.predicted.cpu()
+        right = int((mask == predicted)[is_class].sum()) / max(1, int(is_class.sum()))
+        layers.append(predicted.numpy())
+        words.append(f"{name} ({right:.0%} of the pixels right)")
     factor = max(1, _PICTURE_PX // max(photo.size))
     photo = photo.resize((photo.width * factor, photo.height * factor))
     pictures = [scaled(photo, _PICTURE_PX)]
-    for labels in (true, predicted.numpy()):
+    for labels in layers:
         labels = labels.repeat(factor, 0).repeat(factor, 1)
         picture = overlay(photo, labels, classes, opacity=0.6, longest_px=_PICTURE_PX)
         pictures.append(scaled(picture, _PICTURE_PX))
-    title = f"{unescape(image.key)}: mask, prediction; {right:.0%} of the pixels are right"
-    return mounted(pictures, legend(both, classes), title=title)[0]
+    title = f"{unescape(image.key)}: {', '.join(words)}"
+    together = np.concatenate([labels.ravel() for labels in layers])[None]
+    return mounted(pictures, legend(together, classes), title=title)[0]

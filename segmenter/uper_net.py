@@ -126,7 +126,13 @@ class UperNet(nn.Module):
         head_dim: Channels within both heads.
         deep_dim: Channels of the coarsest feature map.
         head_drop: Dropout of whole channels before the last layer of both heads.
+        head_std: Standard deviation of that layer's first weights. As published it is so small
+            that all classes begin alike, and the rest of the heads gets next to no gradient until
+            it has grown; a run of a few hundred steps does not live to see it, and needs 0.1.
         backbone: More arguments of LVViTBackbone.
+
+    Raises:
+        ValueError: Numbers out of range, or that do not fit each other.
     """
 
     def __init__(
@@ -136,14 +142,19 @@ class UperNet(nn.Module):
         head_dim: int = 256,
         deep_dim: int = 2048,
         head_drop: int | float = 0.1,
+        head_std: int | float = 0.01,
         **backbone: Any,
     ) -> None:
         super().__init__()
+        if not head_std > 0:
+            raise ValueError(f"head_std = {head_std}; allowed: > 0")
         self.num_classes = num_classes
         self.backbone = LVViTBackbone(deep_dim=deep_dim, **backbone)
         embed_dim = self.backbone.cls_token.shape[-1]
         self.decode_head = UPerHead(embed_dim, deep_dim, head_dim, num_classes, head_drop)
         self.auxiliary_head = FCNHead(embed_dim, head_dim, num_classes, head_drop)
+        for head in (self.decode_head, self.auxiliary_head):
+            init_classifier(head.conv_seg, head_std)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -203,7 +214,6 @@ class UPerHead(nn.Module):
         self.lateral_convs = nn.ModuleList(ConvNormReLU(dim, head_dim, 1) for _ in range(3))
         self.fpn_convs = nn.ModuleList(ConvNormReLU(head_dim, head_dim, 3) for _ in range(3))
         self.fpn_bottleneck = ConvNormReLU(4 * head_dim, head_dim, 3)
-        init_classifier(self.conv_seg)
 
     def forward(self, features: Features) -> Float[Tensor, "b c h4 w4"]:
         """Classify each position of the finest feature map."""
@@ -229,7 +239,6 @@ class FCNHead(nn.Module):
         self.conv_seg = nn.Conv2d(head_dim, num_classes, 1)
         self.dropout = nn.Dropout2d(drop)
         self.convs = nn.Sequential(ConvNormReLU(dim, head_dim, 3))
-        init_classifier(self.conv_seg)
 
     def forward(self, tokens: Float[Tensor, "b d rows cols"]) -> Float[Tensor, "b c rows cols"]:
         """Classify each token."""
@@ -250,9 +259,9 @@ class ConvNormReLU(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-def init_classifier(conv: nn.Conv2d) -> None:
-    """Draw the weights of a head's last layer: nearly nothing, so that all classes begin alike."""
-    nn.init.normal_(conv.weight, std=0.01)
+def init_classifier(conv: nn.Conv2d, std: int | float) -> None:
+    """Draw the weights of a head's last layer."""
+    nn.init.normal_(conv.weight, std=std)
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
 

@@ -246,6 +246,18 @@ def test_a_run_of_a_timm_model_gets_a_report(tmp_path: Path, dense_weight: float
     assert ("Its colours show its dense head" in found.words) == (dense_weight > 0)
 
 
+def test_pictures_may_stand_below_all_else(tmp_path: Path):
+    run, picture = write_run(tmp_path, checkpoint=False), tmp_path / "x.png"
+    Image.new("RGBA", (8, 4), (0, 0, 255)).save(picture)
+    done = CliRunner().invoke(cli.train, ["report", str(run), "--picture", str(picture), "a <sky>"])
+    assert done.exit_code == 0, done.output
+    found = Reader(run / "report.html")
+    assert found.captions[-1] == "a <sky>" and found.images[-1].size == (8, 4)
+    picture.write_text("no picture")
+    done = CliRunner().invoke(cli.train, ["report", str(run), "--picture", str(picture), "x"])
+    assert done.exit_code == 2 and "x.png" in done.output
+
+
 def test_a_run_that_has_only_begun_gets_a_report(tmp_path: Path):
     found = Reader(write_report(write_run(tmp_path, checkpoint=False, metrics="")))
     assert "There is no model to show" in found.words

@@ -1,4 +1,4 @@
-"""tl-seg eval: exact numbers at the masks' own size, on any number of processes; the demo's way."""
+"""tl-seg eval: exact numbers at the masks' own size, on any number of processes."""
 
 import json
 from pathlib import Path
@@ -13,9 +13,7 @@ from sklearn.metrics import confusion_matrix
 from test_seg_train import on_two
 
 from tokenlabel.cli import segment as tl_seg
-from tokenlabel.segmenter import demo as demo_job
 from tokenlabel.segmenter.class_sets import class_set_of
-from tokenlabel.segmenter.demo import DemoReport
 from tokenlabel.segmenter.evaluate import as_table, confusions, evaluate
 from tokenlabel.segmenter.feed import SegSamples
 from tokenlabel.segmenter.inference import segment
@@ -149,19 +147,3 @@ def test_a_sheet_says_how_much_is_right():
     image = Compared("a", pixels, mask, torch.zeros_like(mask))
     sheet = draw_sheet([image], class_set_of(["one", "two"]), ignore_index=255)
     assert sheet.width > 3 * 360
-
-
-def test_the_demo_reports_each_arm_and_the_gain_of_each_seed():
-    miou = {demo_job.TOKEN_LABELLED: [30.0, 34.0], demo_job.SCRATCH: [20.0, 30.0]}
-    report = DemoReport(config=demo_job.DemoConfig(), miou=miou, secs=1.0, out="x")
-    assert report.gains == [10.0, 4.0] and report.to_json()["gains"] == [10.0, 4.0]
-    assert "token labelled     32.0    2.8   30.0, 34.0" in report.as_table()
-
-
-@pytest.mark.slow
-def test_the_demo_runs_from_digits_to_a_picture(tmp_path):
-    done = CliRunner().invoke(tl_seg, ["demo", "--out", str(tmp_path / "demo"), "--quick"])
-    assert done.exit_code == 0, done.output
-    assert (tmp_path / "demo" / "demo.png").is_file()
-    result = json.loads((tmp_path / "demo" / "result.json").read_text())
-    assert len(result["miou"]["from-scratch"]) == 1

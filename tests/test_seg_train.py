@@ -274,6 +274,16 @@ def test_the_first_step_is_that_of_a_loop_of_four_lines(data, tmp_path):
 # ------------------------------------------------------------------------------ the run folder
 
 
+def test_a_run_in_bf16_goes_nearly_as_one_in_fp32(data, undisturbed, tmp_path):
+    run(data, tmp_path / "run", "run.precision=bf16", "schedule.duration=7 steps")
+    exact, rough = (
+        [line["loss"] for line in metric_lines(out) if line["kind"] == "train"]
+        for out in (undisturbed, tmp_path / "run")
+    )
+    assert rough != exact
+    np.testing.assert_allclose(rough, exact, rtol=0.02)
+
+
 def test_a_run_leaves_checkpoints_metrics_and_a_sheet(undisturbed):
     assert {path.name for path in undisturbed.iterdir()} >= {
         "checkpoints", "metrics.jsonl", "recipe.toml", "environment.json", "tensorboard",

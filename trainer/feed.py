@@ -405,6 +405,7 @@ class EvalFeed:
             return
         pipeline = _eval_pipeline(self._index, self._split, **self._options)
         _build(pipeline, self._index, self._split)
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         for first in range(0, self._num_local, self._batch_size):
             size = min(self._batch_size, self._num_local - first)
             images, shapes, starts, ends, classes = _run(pipeline, self._index, self._split)
@@ -412,13 +413,20 @@ class EvalFeed:
             class_indices = _class_indices(classes, keys, shards, self._index.num_classes)
             starts, ends = starts.as_array(), ends.as_array()
             views = crop_view(_boxes(starts, ends - starts, shapes.as_array()))
-            yield Batch(
-                images=torch.from_dlpack(images.as_tensor())[:size],
-                classes=class_indices[:size].to(self._device),
-                views=views[:size].to(self._device),
-                maps=None,
-                keys=keys[:size],
-            )
+            with torch.cuda.stream(stream):
+                pixels = torch.from_dlpack(images.as_tensor())[:size]
+                batch = Batch(
+                    # A copy on a GPU, as in TrainFeed; memory of a CPU is DALI's until it is free.
+                    images=pixels if stream is None else pixels.clone(),
+                    classes=class_indices[:size].to(self._device),
+                    views=views[:size].to(self._device),
+                    maps=None,
+                    keys=keys[:size],
+                )
+            if stream is not None:
+                stream.synchronize()  # and not the stream that the model computes on
+                _record_stream(batch)
+            yield batch
 
 
 def _check_eval_view(crop_pct: float, interpolation: str, crop_mode: str) -> None:
@@ -852,7 +860,11 @@ def normalize(
     offset, scale = (
         torch.tensor(values, device=pixels.device)[:, None, None] * 255 for values in (mean, std)
     )
-    torch.sub(pixels, offset, out=out).div_(scale)
+    if pixels.is_cuda:
+        torch.sub(pixels, offset, out=out).div_(scale)
+        return
+    for image, own in zip(pixels, out):  # what one step writes the next finds in the core's cache
+        own.copy_(image).sub_(offset).div_(scale)
 
 
 def _frames(layers: Sequence[Float32[Tensor, "b 2 3"]]) -> Float32[Tensor, "b f 2 3"]:

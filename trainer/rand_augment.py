@@ -9,6 +9,7 @@ says how close each is.
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,15 @@ from jaxtyping import Bool, Float, Float32, Float64, Int32, Int64, Shaped, UInt8
 from PIL import Image
 from torch import Tensor
 
-from .augment_draws import Layers, Operation, layer_views
+from .augment_draws import NUM_OPERATIONS, Layers, Operation, layer_views
 
-_TABLES = (
+
+def _flags(*kinds: Operation) -> Bool[np.ndarray, "16"]:
+    """For each operation whether it is one of these; the last is for NONE, which is -1."""
+    return np.array([kind in kinds for kind in (*range(NUM_OPERATIONS), Operation.NONE)])
+
+
+_TABLES = _flags(
     Operation.AUTO_CONTRAST,
     Operation.EQUALIZE,
     Operation.INVERT,
@@ -28,8 +35,9 @@ _TABLES = (
     Operation.CONTRAST,
     Operation.BRIGHTNESS,
 )
-_ALONG_ROWS = (Operation.SHEAR_X, Operation.TRANSLATE_X)
-_ALONG_COLS = (Operation.SHEAR_Y, Operation.TRANSLATE_Y)
+_ALONG_ROWS = _flags(Operation.SHEAR_X, Operation.TRANSLATE_X)
+_ALONG_COLS = _flags(Operation.SHEAR_Y, Operation.TRANSLATE_Y)
+_ROTATE = _flags(Operation.ROTATE)
 
 
 def apply_layers(
@@ -54,17 +62,17 @@ def apply_layers(
     change = partial(_change, images, at_once)
     for layer, operations in enumerate(layers.operations):
         amounts, cubic, from_where = layers.amounts[layer], layers.cubic[layer], views[layer]
-        change(np.isin(operations, _TABLES), _mapped, operations, amounts)
+        change(_TABLES[operations], _mapped, operations, amounts)
         change(operations == Operation.COLOR, _saturated, amounts)
         change(operations == Operation.SHARPNESS, _sharpened, amounts)
         for taps, has_taps in ((2, ~cubic), (4, cubic)):
             for kinds, function in (
                 (_ALONG_ROWS, _moved_rows),
                 (_ALONG_COLS, _moved_cols),
-                ((Operation.ROTATE,), _rotated),
+                (_ROTATE, _rotated),
             ):
                 moved = partial(function, taps=taps, fill=color)
-                change(np.isin(operations, kinds) & has_taps, moved, from_where)
+                change(kinds[operations] & has_taps, moved, from_where)
 
 
 def _change(
@@ -78,10 +86,15 @@ def _change(
     places = np.flatnonzero(which)
     for start in range(0, len(places), at_once):
         part = places[start : start + at_once]
-        # A slice looks at the image itself; picking by number copies it, slowly on a CPU.
-        one = slice(part[0], part[0] + 1)
-        index = one if len(part) == 1 else torch.from_numpy(part).to(images.device)
+        index = _index(part, images)
         images[index] = function(images[index], *(values[part] for values in arguments))
+
+
+def _index(places: Int64[np.ndarray, " p"], images: UInt8[Tensor, "g 3 h w"]) -> Any:
+    """Pick images; of one a slice, which looks at the image itself and copies nothing."""
+    if len(places) == 1:
+        return slice(places[0], places[0] + 1)
+    return torch.from_numpy(places).to(images.device)
 
 
 # ---------------------------------------------------------------------- tables and blends
@@ -94,7 +107,7 @@ def _mapped(
 ) -> UInt8[Tensor, "g 3 h w"]:
     """Replace every value by its entry in the table of its image and channel."""
     fixed = [_fixed_table(*pair) for pair in zip(operations, amounts)]
-    tables = torch.from_numpy(np.stack(fixed)).to(images.device)[:, None].repeat(1, 3, 1)
+    tables = torch.from_numpy(np.stack(fixed)).to(images.device)[:, None]
     for operation, function in (
         (Operation.AUTO_CONTRAST, _stretching_tables),
         (Operation.EQUALIZE, _equalizing_tables),
@@ -102,19 +115,22 @@ def _mapped(
     ):
         places = np.flatnonzero(operations == operation)
         if len(places):
-            index = torch.from_numpy(places).to(images.device)
+            tables = tables.repeat(1, 3 // tables.shape[1], 1)
+            index = _index(places, images)
             factors = _per_image(amounts[places], images.device)
             tables[index] = function(images[index], factors)
     return _looked_up(images, tables)
 
 
 def _looked_up(
-    images: UInt8[Tensor, "g 3 h w"], tables: UInt8[Tensor, "g 3 256"]
+    images: UInt8[Tensor, "g 3 h w"], tables: UInt8[Tensor, "g c 256"]
 ) -> UInt8[Tensor, "g 3 h w"]:
+    """Look values up in a table for each channel, or for all of them."""
+    pixels = images.reshape(*tables.shape[:2], -1)
     if images.is_cuda:
-        return tables.gather(2, images.flatten(2).long()).view_as(images)
+        return tables.gather(2, pixels.long()).view_as(images)
     # On a CPU a tenth of gather, which wants its indices as 64-bit integers.
-    planes = zip(images.flatten(0, 1).numpy(), tables.flatten(0, 1).numpy())
+    planes = zip(pixels.flatten(0, 1).numpy(), tables.flatten(0, 1).numpy())
     mapped = b"".join(plane.tobytes().translate(table.tobytes()) for plane, table in planes)
     return torch.frombuffer(bytearray(mapped), dtype=torch.uint8).view_as(images)
 
@@ -212,7 +228,8 @@ def _blend(
 
 
 def _to_bytes(values: Float[Tensor, "..."]) -> UInt8[Tensor, "..."]:
-    return values.clamp(0, 255).to(torch.uint8)  # cuts off the fraction, as Pillow does
+    # Cuts off the fraction, as Pillow does; by way of 16 bits a CPU has vector instructions.
+    return values.clamp(0, 255).to(torch.int16).to(torch.uint8)
 
 
 def _per_image(
@@ -235,14 +252,14 @@ def _moved_rows(
     width = images.shape[3]
     offsets = _offsets_px(images, views[:, 0], width)
     whole = offsets.floor()
-    columns = torch.arange(width + taps - 1, device=images.device)
-    source = (whole.long() - (taps // 2 - 1) + columns).clamp(0, width - 1)
+    columns = torch.arange(width + taps - 1, dtype=torch.int32, device=images.device)
+    source = (whole.int() - (taps // 2 - 1) + columns).clamp_(0, width - 1).long()
     pixels = images.gather(3, source[:, None].expand(-1, 3, -1, -1)).float()
     moved = torch.zeros_like(pixels[..., :width])
     for tap, weight in enumerate(_weights((offsets - whole).float()[:, None], taps)):
         moved.addcmul_(pixels[..., tap : tap + width], weight)
     # A pixel is inside where its centre, moved, is at least 0 and less than the width.
-    first, end = ((side - 0.5 - offsets).ceil() for side in (0, width))
+    first, end = ((side - 0.5 - offsets).ceil().int() for side in (0, width))
     inside = (columns[:width] >= first) & (columns[:width] < end)
     return _filled(moved, inside, fill)
 
@@ -358,5 +375,5 @@ def _filled(
     """Bytes of weighted sums, and the fill outside."""
     shown = inside[:, None].to(torch.uint8)
     # Weights add up to 1 but for rounding, and a flat area shall keep its value.
-    pixels = _to_bytes(values + 1e-3)
-    return pixels * shown + fill * (1 - shown)  # on a CPU a tenth of torch.where
+    pixels = _to_bytes(values.add_(1e-3))
+    return pixels.mul_(shown).add_(fill * (1 - shown))  # on a CPU a tenth of torch.where

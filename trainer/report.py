@@ -105,17 +105,18 @@ class _Shown:
         return Image.fromarray(pixels.round().byte().permute(1, 2, 0).numpy())
 
 
-def write_report(run_folder: Path) -> Path:
+def write_report(run_folder: Path, *, pictures: Sequence[tuple[Path, str]] = ()) -> Path:
     """Write report.html into a run folder, replacing an earlier one.
 
     Args:
         run_folder: Made by `tl-train run`; the run may still be going on or have been broken off.
+        pictures: Files to show below all else, each with what it shows.
 
     Returns:
         The report's path.
 
     Raises:
-        OSError: If the folder is no run folder or cannot be written to.
+        OSError: If the folder is no run folder or cannot be written to, or a file no picture.
     """
     run = _read_run(run_folder)
     sections = [_opening(run)]
@@ -126,6 +127,9 @@ def write_report(run_folder: Path) -> Path:
         splits = sorted(run.index.splits, key=lambda name: (name != run.train_split, name))
         sections += [_predictions(run, run.index, run.trained, name) for name in splits]
     sections.append(_facts(run))
+    if pictures:
+        figures = [page.figure(_opened(path), caption) for path, caption in pictures]
+        sections.append(page.section("More pictures", *figures))
     path = run_folder / REPORT
     replace_text(path, page.page(_name(run_folder), sections))
     return path
@@ -316,6 +320,11 @@ def _facts(run: _Run) -> str:
         facts["started"] = f"{len(run.starts)} times, at steps {steps}"
     recipe = (run.folder / RECIPE).read_text(encoding="utf-8")
     return page.section("Facts", page.table(facts), page.details("The whole recipe", recipe))
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
 
 
 def _labels_in_words(split: SplitIndex) -> str:
