@@ -4,7 +4,6 @@ Only click is imported at the top: `tl-eval --help` must not wait for torch.
 """
 
 import logging
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -14,9 +13,9 @@ from typing import Any, ClassVar
 
 import click
 
-# Read when torch loads its OpenMP. Its threads spin while they wait for each other, and DALI's, or
-# another job's, stand still meanwhile: on 2 shared cores a training step takes five times as long.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from .labeler import cpu
+
+cpu.wait_briefly()
 
 
 class _UserError(click.ClickException):
@@ -42,8 +41,6 @@ class _Command(click.Command):
         )
 
     def invoke(self, ctx: click.Context) -> Any:
-        from .labeler import memory
-
         debug = ctx.params.pop("debug")
         logging.basicConfig(
             stream=sys.stderr,
@@ -55,8 +52,8 @@ class _Command(click.Command):
             *("aiobotocore", "botocore"),
         ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        if (device := ctx.params.get("device")) and memory.computes_on_cpu(device):
-            memory.keep_freed_memory()
+        if (device := ctx.params.get("device")) and cpu.computes_on_cpu(device):
+            cpu.keep_freed_memory()
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:

@@ -30,7 +30,9 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+from tokenlabel.labeler.cpu import keep_freed_memory, wait_briefly
+
+wait_briefly()  # as the commands do, before torch is loaded
 
 import numpy as np
 import torch
@@ -47,7 +49,6 @@ from tokenlabel.evaluator.data import Decoder
 from tokenlabel.evaluator.metrics import measure
 from tokenlabel.evaluator.models import load_for_eval
 from tokenlabel.evaluator.predict import PredictConfig, predict
-from tokenlabel.labeler.memory import keep_freed_memory
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.shards.pack import pack
 from tokenlabel.trainer.distributed import Place

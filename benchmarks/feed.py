@@ -50,10 +50,10 @@ from torchvision import transforms as v1
 from torchvision.io import decode_jpeg
 from torchvision.transforms import v2
 
+from tokenlabel.labeler.cpu import keep_freed_memory
 from tokenlabel.labeler.geometry import PaletteMaps
 from tokenlabel.labeler.label_map import decode_batch
 from tokenlabel.labeler.label_set import LabelSet
-from tokenlabel.labeler.memory import keep_freed_memory
 from tokenlabel.labeler.sources import open_source
 from tokenlabel.shards.index import ShardIndex, read_index
 from tokenlabel.shards.pack import pack

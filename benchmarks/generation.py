@@ -24,7 +24,6 @@ compiled, and plain (channels first).
 import argparse
 import copy
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -36,7 +35,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the commands have it
+from tokenlabel.labeler.cpu import computes_on_cpu, keep_freed_memory, wait_briefly
+
+wait_briefly()  # as the commands do, before torch is loaded
 
 import numpy as np
 import timm
@@ -47,7 +48,6 @@ from samples import make_samples
 from torch import Tensor
 
 from tokenlabel.labeler.generate import generate
-from tokenlabel.labeler.memory import computes_on_cpu, keep_freed_memory
 from tokenlabel.labeler.plan import measure
 from tokenlabel.labeler.score import default_batch_size, load_inputs
 from tokenlabel.labeler.sources import ImageSource, open_source

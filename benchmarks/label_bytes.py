@@ -26,6 +26,7 @@ from photos import demo_photos, demo_teacher, label
 from record import markdown, write
 from tqdm import tqdm
 
+from tokenlabel.labeler.cpu import keep_freed_memory
 from tokenlabel.labeler.geometry import PaletteMaps, crop_view, sample_targets
 from tokenlabel.labeler.label_map import (
     LabelMap,
@@ -35,7 +36,6 @@ from tokenlabel.labeler.label_map import (
     keep_mass,
     train_dictionary,
 )
-from tokenlabel.labeler.memory import keep_freed_memory
 
 TOKEN_GRID = (14, 14)
 TOP_K = 5

@@ -6,6 +6,7 @@ is an area; its centre lies at (i + 0.5) / n. docs/geometry.md has the picture.
 A view is a 2×3 matrix A: (x, y) in the image = A · (u, v, 1) for (u, v) in the crop's unit square.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
@@ -22,7 +23,7 @@ Fill = Literal["residual", "zero"]
 SAMPLES_PER_SIDE = 2
 """Points per side of a token's square; RoIAlign's sampling_ratio."""
 
-_IMAGES_IN_CACHE = 8
+_IMAGES_IN_CACHE = 16
 """Images whose targets are built at a time on a CPU."""
 
 _EDGE = 1e-4
@@ -208,8 +209,7 @@ def sample_targets(
         ValueError: If fill is residual and the maps have no log_normalizer.
     """
     if views.device.type != "cpu":
-        targets = _sample(maps, views, grid, frames, fill, are_boxes=False)
-        return _with_padding(targets, maps.palette_sizes)
+        return _sample(maps, views, grid, frames, fill, are_boxes=False)
     # Few images at a time stay in the cache, and nearly all views are boxes, which are read in a
     # fraction of the time. (On a GPU neither holds, and asking would make the host wait.)
     boxes = _are_boxes(views, frames)
@@ -220,7 +220,7 @@ def sample_targets(
         for rows in chosen.split(_IMAGES_IN_CACHE) if len(chosen) else ():
             few = None if frames is None else frames[rows]
             part = _sample(maps[rows].trimmed(), views[rows], grid, few, fill, are_boxes=are_boxes)
-            _put(targets, rows, part, maps.palette_sizes)
+            _put(targets, rows, part)
     return targets
 
 
@@ -233,19 +233,19 @@ def _sample(
     *,
     are_boxes: bool,
 ) -> TokenTargets:
-    """Do the work of sample_targets, but give the palette's padding the probability 0.
-
-    are_boxes promises what `_are_boxes` found of every view.
-    """
+    """Do the work of sample_targets; are_boxes promises what `_are_boxes` found of every view."""
+    # The palette's padding reads the fill, as one class more of those outside each: so nothing has
+    # to be masked, and it gets the background's probability by itself.
+    num_outside = maps.num_classes - maps.palette.shape[1]
     # Logits are interpolated, not probabilities: the published recipe's choice, kept so that
     # zero fill reproduces it exactly.
     lower, upper, blend = _levels_of_views(maps, views)
     points = _BoxPoints(views, frames, grid) if are_boxes else _FreePoints(views, frames, grid)
     sampled = _sample_level(maps, lower, points, fill)
     if maps.grids.shape[1] > 1:
-        sampled = _blend(sampled, _sample_level(maps, upper, points, fill), blend)
-    tokens, token_background = _softmax(sampled.tokens, sampled.outside[:, None])
-    view, view_background = _softmax(sampled.view, sampled.outside)
+        sampled = _blend(sampled, _sample_level(maps, upper, points, fill), blend, num_outside)
+    tokens, token_background = _softmax(sampled.tokens, num_outside)
+    view, view_background = _softmax(sampled.view, num_outside)
     half = SAMPLES_PER_SIDE**2 / 2
     return TokenTargets(
         palette=maps.palette,
@@ -281,43 +281,27 @@ def _empty_targets(maps: PaletteMaps, grid: tuple[int, int]) -> TokenTargets:
     )
 
 
-def _put(
-    targets: TokenTargets, rows: Int64[Tensor, " r"], part: TokenTargets, sizes: Int64[Tensor, " b"]
-) -> None:
+def _put(targets: TokenTargets, rows: Int64[Tensor, " r"], part: TokenTargets) -> None:
     """Write the targets of some images, which may have a narrower palette, into their places."""
-    for i, (row, size) in enumerate(zip(rows.tolist(), sizes[rows].tolist())):
-        targets.tokens[row, :, :size] = part.tokens[i, :, :size]
-        targets.tokens[row, :, size:] = part.token_background[i, :, None]
-        targets.view[row, :size] = part.view[i, :size]
-        targets.view[row, size:] = part.view_background[i]
+    width = part.palette.shape[1]
+    targets.tokens[rows, :, :width] = part.tokens
+    targets.tokens[rows, :, width:] = part.token_background[..., None]
+    targets.view[rows, :width] = part.view
+    targets.view[rows, width:] = part.view_background[:, None]
     for name in ("token_background", "token_weight", "view_background", "view_weight"):
         getattr(targets, name)[rows] = getattr(part, name)
-
-
-def _with_padding(targets: TokenTargets, sizes: Int64[Tensor, " b"]) -> TokenTargets:
-    """Give the palette's padding the background's probability, so that it adds nothing."""
-    num_columns = targets.palette.shape[1]
-    unused = torch.arange(num_columns, device=sizes.device) >= sizes[:, None]
-    background, view_background = targets.token_background, targets.view_background
-    return replace(
-        targets,
-        tokens=torch.where(unused[:, None], background[..., None], targets.tokens),
-        view=torch.where(unused, view_background[:, None], targets.view),
-    )
 
 
 class _Sampled(NamedTuple):
     """One level read at the tokens' points. Last of the v = u + 1 planes: the fill.
 
-    Planes beyond an image's palette hold -inf.
+    Planes beyond an image's palette hold the fill, too.
     """
 
     tokens: Float32[Tensor, "b n v"]
     view: Float32[Tensor, "b v"]
     counts: Float32[Tensor, "b n"]
     """Points of each token that lie inside the window."""
-    outside: Float32[Tensor, " b"]
-    """Log of the number of classes outside the palette, which share the fill; -inf for none."""
 
 
 def _levels_of_views(
@@ -351,16 +335,8 @@ def _sample_level(
     """Read one level of each image: mean logits of every token and of the whole view."""
     planes = _expand(maps, level, fill)
     sums, counts = points.read(planes, *_places(maps, level))
-    unused = torch.arange(planes.shape[3], device=planes.device) >= maps.palette_sizes[:, None]
-    unused[:, -1] = False
     view = sums.sum(1) / counts.sum(1).clamp(min=1)[:, None]
-    tokens = sums.div_(counts.clamp(min=1)[..., None])
-    return _Sampled(
-        tokens=tokens.masked_fill_(unused[:, None], -torch.inf),
-        view=view.masked_fill(unused, -torch.inf),
-        counts=counts,
-        outside=(maps.num_classes - maps.palette_sizes).log(),
-    )
+    return _Sampled(tokens=sums.div_(counts.clamp(min=1)[..., None]), view=view, counts=counts)
 
 
 def _places(
@@ -371,7 +347,9 @@ def _places(
     return maps.windows[image, level], maps.grids[image, level].flip(1).float()
 
 
-def _blend(lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"]) -> _Sampled:
+def _blend(
+    lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"], num_outside: int
+) -> _Sampled:
     """Mix two levels log-linearly; where only one of them saw the token, take that one."""
 
     def mix(
@@ -379,9 +357,8 @@ def _blend(lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"]) -> _S
         high: Float32[Tensor, "b *n v"],
         part: Float32[Tensor, "b *n"],
     ) -> Float32[Tensor, "b *n v"]:
-        outside = lower.outside.reshape(-1, *[1] * (low.ndim - 2))
-        low, high = (x - _log_total(x, outside)[..., None] for x in (low, high))
-        return torch.where(low.isinf(), low, low.lerp(high, part[..., None]))
+        low, high = (x - _log_total(x, num_outside)[..., None] for x in (low, high))
+        return low.lerp(high, part[..., None])
 
     low_counts = (1 - share)[:, None] * lower.counts
     high_counts = share[:, None] * upper.counts
@@ -392,7 +369,6 @@ def _blend(lower: _Sampled, upper: _Sampled, share: Float32[Tensor, " b"]) -> _S
         tokens=mix(lower.tokens, upper.tokens, part),
         view=mix(lower.view, upper.view, view_part),
         counts=counts,
-        outside=lower.outside,
     )
 
 
@@ -412,7 +388,8 @@ def _expand(
     else:
         log_normalizer = maps.log_normalizer[image, level].float()[:, None]
         outside = _residual_logit(scores, maps.indices[image, level], log_normalizer, maps)
-    planes = outside.permute(0, 2, 3, 1).repeat(1, 1, 1, maps.palette.shape[1] + 1)
+    planes = outside.permute(0, 2, 3, 1).expand(-1, -1, -1, maps.palette.shape[1] + 1)
+    planes = planes.clone(memory_format=torch.contiguous_format)
     indices = maps.indices[image, level].long()
     # Padded cells hold index 0 k times over; they are never read, so it does not matter which wins.
     return planes.scatter_(3, indices.permute(0, 2, 3, 1), scores.permute(0, 2, 3, 1))
@@ -550,19 +527,19 @@ def _sum_per_token(values: Float[Tensor, "b v ph pw"]) -> Float[Tensor, "b v n"]
     return F.avg_pool2d(values, SAMPLES_PER_SIDE, divisor_override=1).flatten(2)
 
 
-def _log_total(
-    logits: Float32[Tensor, "*b v"], outside: Float32[Tensor, "*#b"]
-) -> Float32[Tensor, "*b"]:
+def _log_total(logits: Float32[Tensor, "*b v"], num_outside: int) -> Float32[Tensor, "*b"]:
     """Logsumexp over the palette and over all classes outside it, which share the last logit."""
-    return torch.logaddexp(logits[..., :-1].logsumexp(-1), logits[..., -1] + outside)
+    palette, fill = logits[..., :-1].logsumexp(-1), logits[..., -1]
+    return torch.logaddexp(palette, fill + math.log(num_outside)) if num_outside else palette
 
 
 def _softmax(
-    logits: Float32[Tensor, "*b v"], outside: Float32[Tensor, "*#b"]
+    logits: Float32[Tensor, "*b v"], num_outside: int
 ) -> tuple[Float32[Tensor, "*b u"], Float32[Tensor, "*b"]]:
-    """Probabilities of the palette, 0 for its padding, and the background."""
-    fill = logits[..., -1].clone()
-    logits[..., -1] += outside
+    """Probabilities of the palette, and the background."""
+    if not num_outside:  # images with padding have a background even so
+        fill = logits[..., -1]
+        return logits[..., :-1].softmax(-1), (fill - _log_total(logits, num_outside)).exp()
+    logits[..., -1] += math.log(num_outside)
     probabilities = logits.softmax(-1)
-    highest = probabilities.amax(-1)  # e^(highest logit - logsumexp)
-    return probabilities[..., :-1], (fill - logits.amax(-1)).exp() * highest
+    return probabilities[..., :-1], probabilities[..., -1] / num_outside

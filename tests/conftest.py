@@ -1,9 +1,10 @@
 """Fixtures that several test files share."""
 
-import os
 from pathlib import Path
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as cli.py does, before torch is loaded
+from tokenlabel.labeler.cpu import wait_briefly
+
+wait_briefly()  # as the commands do, before torch is loaded
 
 import hypothesis
 import numpy as np

@@ -1,4 +1,4 @@
-"""Freed memory stays in the process, unless the user or the system has other ideas."""
+"""Freed memory stays in the process and threads wait briefly, unless the user says otherwise."""
 
 import os
 import subprocess
@@ -8,12 +8,12 @@ import pytest
 from click.testing import CliRunner
 
 from tokenlabel import cli
-from tokenlabel.labeler import memory
+from tokenlabel.labeler import cpu
 
 COUNT_FAULTS = """
 import resource, sys, threading
-from tokenlabel.labeler import memory
-told = memory.keep_freed_memory() if sys.argv[1] == "keep" else None
+from tokenlabel.labeler import cpu
+told = cpu.keep_freed_memory() if sys.argv[1] == "keep" else None
 
 def work():
     for _ in range(20):
@@ -54,13 +54,13 @@ def test_the_users_own_variables_win(variable):
 
 
 def test_other_tunables_are_no_matter():
-    assert not memory.is_set_up_by({"GLIBC_TUNABLES": "glibc.pthread.rseq=0", "PATH": "/bin"})
+    assert not cpu.is_set_up_by({"GLIBC_TUNABLES": "glibc.pthread.rseq=0", "PATH": "/bin"})
 
 
 def test_a_system_without_mallopt_is_left_alone(monkeypatch):
-    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: object())
-    monkeypatch.setattr(memory.os, "environ", {})
-    assert not memory.keep_freed_memory()
+    monkeypatch.setattr(cpu.ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(cpu.os, "environ", {})
+    assert not cpu.keep_freed_memory()
 
 
 @pytest.mark.parametrize(
@@ -71,14 +71,31 @@ def test_commands_keep_memory_where_a_cpu_computes(
     tmp_path, monkeypatch, device, has_gpu, expected
 ):
     (tmp_path / "gpu").touch()
-    monkeypatch.setattr(memory, "_GPU_FILES", (str(tmp_path / ("gpu" if has_gpu else "none")),))
+    monkeypatch.setattr(cpu, "_GPU_FILES", (str(tmp_path / ("gpu" if has_gpu else "none")),))
     calls = []
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: calls.append(True))
     arguments = ["--data", str(tmp_path), "--recipe", "lvvit_s_224", "--device", device]
     CliRunner().invoke(cli.train, ["run", *arguments, "--out", str(tmp_path / "out")])
     assert len(calls) == expected
 
 
 def test_commands_without_a_device_leave_the_allocator_alone(monkeypatch):
-    monkeypatch.setattr(memory, "keep_freed_memory", lambda: pytest.fail("called"))
+    monkeypatch.setattr(cpu, "keep_freed_memory", lambda: pytest.fail("called"))
     assert CliRunner().invoke(cli.train, ["recipes"]).exit_code == 0
+
+
+@pytest.mark.parametrize("variable", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT"])
+def test_threads_wait_as_the_user_says(monkeypatch, variable):
+    monkeypatch.setattr(cpu.os, "environ", {variable: "ACTIVE"})
+    cpu.wait_briefly()
+    assert cpu.os.environ == {variable: "ACTIVE"}
+
+
+def test_threads_wait_briefly_in_commands_and_in_those_they_start():
+    command = "import os, tokenlabel.cli as _; print(os.environ['GOMP_SPINCOUNT'])"
+    unset = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {k: v for k, v in os.environ.items() if k not in unset}
+    found = subprocess.run(
+        [sys.executable, "-c", command], env=environment, capture_output=True, text=True, check=True
+    )
+    assert int(found.stdout) > 0

@@ -1,8 +1,11 @@
-"""Memory that layers hand back stays in the process, where a CPU computes.
+"""What a process sets up once, to compute on a CPU. docs/performance.md has numbers.
 
-Each layer's output is a block of megabytes. glibc maps a new one and unmaps it afterwards, so that
-every page of it is cleared and entered anew: up to half of a forward pass. docs/performance.md has
-numbers.
+Memory: each layer's output is a block of megabytes. glibc maps a new one and unmaps it afterwards,
+so that every page of it is cleared and entered anew: up to half of a forward pass.
+
+Threads: those of torch's OpenMP spin for milliseconds while they wait for work, and DALI's, or
+another job's, stand still meanwhile: on 2 shared cores a training step takes five times as long.
+Threads that sleep at once take longer to wake up than many an operation takes.
 """
 
 import ctypes
@@ -18,7 +21,19 @@ _SETTINGS = (
     (_MMAP_MAX, 0),
     (_TRIM_THRESHOLD, 2**31 - 1),  # bytes free at the end before the system gets them
 )
+_SPINS = "10000"
+"""A tenth of a millisecond and more, by the processor."""
 _GPU_FILES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+
+
+def wait_briefly() -> None:
+    """Let OpenMP's threads spin briefly before they sleep; call it before torch is loaded.
+
+    A user's own OMP_WAIT_POLICY or GOMP_SPINCOUNT stays as it is.
+    """
+    if not {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys():
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # for OpenMPs other than GCC's
+        os.environ["GOMP_SPINCOUNT"] = _SPINS
 
 
 def keep_freed_memory() -> bool:
