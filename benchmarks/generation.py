@@ -1,6 +1,6 @@
 """Claim: tl-label generate is nearly as fast as its teacher alone.
 
-    python benchmarks/generation.py            two minutes on two cores
+    python benchmarks/generation.py            three minutes on two cores
     python benchmarks/generation.py --quick    a smoke test: few photos, one round
 
 The job behind tl-label generate, from JPEG files of 500×375 (60 KB) to finished label shards,
@@ -77,7 +77,7 @@ class Case:
 def cases(quick: bool) -> list[Case]:
     lite0 = demo_teacher(64 if quick else 576)
     if lite0.device.type == "cpu":
-        return [Case(teacher=lite0, fit="native", num_images=8 if quick else 48)]
+        return [Case(teacher=lite0, fit="native", num_images=8 if quick else 96)]
     nfnet = as_teacher(
         timm.create_model("dm_nfnet_f0" if quick else NFNET),
         name=NFNET,

