@@ -92,7 +92,7 @@ class PaletteMaps:
     """
 
     palette: Int64[Tensor, "b u"]
-    """Distinct classes of each image's maps, ascending, then padding."""
+    """Distinct classes of each image's maps, ascending, then padding; u is at most num_classes."""
     palette_sizes: Int64[Tensor, " b"]
     indices: Int32[Tensor, "b l k mh mw"]
     """Position of each cell's classes in its image's palette."""

@@ -224,6 +224,28 @@ def test_every_distribution_sums_to_one(seed: int, fill: Fill, k: int):
     torch.testing.assert_close(targets.dense_view().sum(1), torch.ones(2))
 
 
+@pytest.mark.parametrize("fill", ["residual", "zero"])
+@pytest.mark.parametrize("degrees", [0, 25])
+def test_a_map_of_few_classes_beside_one_of_all_gets_what_it_gets_alone(fill: Fill, degrees: int):
+    rng = np.random.default_rng(6)
+    few, every = (
+        [random_map(rng, grid=(side, side), k=k, num_classes=6) for side in sides]
+        for k, sides in ((2, (1, 2)), (2, (8, 12)))
+    )
+    cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    views = torch.tensor([[[0.6 * cos, -0.6 * sin, 0.3], [0.6 * sin, 0.6 * cos, 0.2]]]).repeat(
+        2, 1, 1
+    )
+    both = PaletteMaps.from_label_maps([few, every])
+    assert both.palette_sizes[0] < 6 and both.palette_sizes[1] == 6
+    found = sample_targets(both, views, (3, 3), fill=fill)
+    for i, levels in enumerate((few, every)):
+        maps = PaletteMaps.from_label_maps([levels])
+        alone = sample_targets(maps, views[:1], (3, 3), fill=fill)
+        torch.testing.assert_close(found.dense_tokens()[i], alone.dense_tokens()[0])
+        torch.testing.assert_close(found.dense_view()[i], alone.dense_view()[0])
+
+
 def test_residual_fill_keeps_the_teachers_probabilities_and_zero_fill_depends_on_its_offset():
     label_map, logits = random_map_and_logits(
         np.random.default_rng(5), grid=(1, 1), k=3, num_classes=20, spread=1.0
