@@ -7,9 +7,8 @@ of them: a pixel of the view is inside where its centre is.
 import csv
 import functools
 import io
-import math
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..evaluator.data import EvalView, seen_box
-from ..evaluator.metrics import NUM_RESAMPLES, interval, resampled_means
 from ..labeler.folder import replace_file
 from ..labeler.sources import IMAGE_SUFFIXES, unescape
-from ..labeler.verify import Interval
 from ..shards.masks import BadMask, read_mask
 from .methods import normalize
 
@@ -77,19 +74,6 @@ class SegmentedImage(NamedTuple):
     average_precision: float
 
 
-@dataclass(frozen=True, kw_only=True)
-class Segmentation:
-    """How well heat finds objects, percent, with 95 % intervals over images."""
-
-    pixel_accuracy: Interval
-    """Of all pixels of all images."""
-    mean_ap: Interval
-    """Mean over images of the average precision of object and background together."""
-    miou: Interval
-    """Mean of the IoUs of object and background, each over all pixels of all images."""
-    num_images: int
-
-
 def segment(heat: Float[Tensor, "h w"], mask: Integer[Tensor, "h w"]) -> SegmentedImage:
     """Segment one image by its heat, by the protocol of Transformer Attribution.
 
@@ -135,48 +119,14 @@ def average_precision(scores: Float32[np.ndarray, " n"], right: Bool[np.ndarray,
     return float((np.diff(hits[ends], prepend=0) * precision).sum() / hits[-1])
 
 
-class SegmentationCounts:
-    """What segment found in some images: to be stored, merged in any order, and summed up exactly.
+def segmentation_scores(means: Float64[np.ndarray, "r 5"]) -> dict[str, Float64[np.ndarray, " r"]]:
+    """Tell how well heat finds objects, from what segment found, averaged over images; percent.
 
-    Args:
-        images: What is known already.
+    Returns:
+        pixel_accuracy, of all pixels of all images; mean_ap, the mean over images of the average
+        precision; miou, the mean of the IoUs of object and background, each over all pixels of all
+        images. One of each for every row.
     """
-
-    images: list[SegmentedImage]
-    """Plain numbers."""
-
-    def __init__(self, images: Iterable[SegmentedImage] = ()) -> None:
-        self.images = list(images)
-
-    def add(self, heat: Float[Tensor, "h w"], mask: Integer[Tensor, "h w"]) -> None:
-        """Count an image, see segment."""
-        self.images.append(segment(heat, mask))
-
-    def merge(self, other: "SegmentationCounts") -> None:
-        """Take over the images of another process."""
-        self.images += other.images
-
-    def result(self, *, num_resamples: int = NUM_RESAMPLES, seed: int = 0) -> Segmentation:
-        """Sum up; the order of the images changes no bit.
-
-        Args:
-            num_resamples: Of the bootstrap.
-            seed: Of the bootstrap.
-
-        Raises:
-            ValueError: There is no image.
-        """
-        if not self.images:
-            raise ValueError("no image was segmented, so there is nothing to sum up")
-        rows = np.array(sorted(self.images), np.float64)
-        sums = np.array([math.fsum(column) for column in rows.T])  # exact in any order
-        draws = _seg_values(resampled_means(rows, num_resamples=num_resamples, seed=seed))
-        found = _seg_values(sums[None] / len(rows))
-        intervals = {name: interval(name, float(found[name][0]), draws[name]) for name in found}
-        return Segmentation(**intervals, num_images=len(rows))
-
-
-def _seg_values(means: Float64[np.ndarray, "r 5"]) -> dict[str, Float64[np.ndarray, " r"]]:
     right_background, false_object, missed, right_object, precision = means.T
     wrong = false_object + missed
     pixels = right_background + right_object + wrong

@@ -13,7 +13,7 @@ from jaxtyping import Float64
 
 from ..evaluator.metrics import interval, resampled_means, wilson
 from ..labeler.verify import Interval
-from .localize import SegmentationCounts, SegmentedImage
+from .localize import segmentation_scores
 from .perturb import ACCURACY_CURVES, Curve, Protocol, area_under
 
 CONTROL = "random"
@@ -44,9 +44,6 @@ MEASURES: Mapping[str, Measure] = MappingProxyType(
     }
 )
 """All in percent: areas under curves, shares of images, mean shares of heat, see localize."""
-
-_SEGMENTATION = ("pixel_accuracy", "mean_ap", "miou")
-
 
 _K = TypeVar("_K")
 
@@ -79,8 +76,7 @@ class MethodScores:
     measures: dict[str, Interval]
     """By the keys of MEASURES; those that were measured."""
     less_random: dict[str, Interval]
-    """The same but pixel_accuracy, mean_ap and miou, less that of the random row, on the same
-    images; empty for random itself."""
+    """The same, less that of the random row, on the same images; empty for random itself."""
     curves: dict[Curve, MeanCurve]
     correlation: Correlation | None
 
@@ -167,14 +163,14 @@ def sum_up(header: Mapping[str, Any], lines: Iterable[Mapping[str, Any]]) -> Fai
                 **{kind: [each.interval() for each in own] for kind, own in points.items()},
             )
     for kind in num_annotated:
-        if kind != "segmentation" and num_annotated[kind]:
-            for name, found in _place_means(records, methods, kind).items():
+        if num_annotated[kind]:
+            of_kind = _segmentation_means if kind == "segmentation" else _place_means
+            for name, found in of_kind(records, methods, kind).items():
                 means[name] |= found
     return Faithfulness(
         methods={
             name: MethodScores(
-                measures={measure: mean.interval() for measure, mean in means[name].items()}
-                | _segmentation(records, name),
+                measures={measure: mean.interval() for measure, mean in means[name].items()},
                 less_random={}
                 if name == CONTROL
                 else {key: mean.less(means[CONTROL][key]) for key, mean in means[name].items()},
@@ -217,14 +213,31 @@ def _place_means(
     records: Sequence[Mapping[str, Any]], methods: Sequence[str], kind: str
 ) -> dict[str, dict[str, _Mean]]:
     """Average hits and heat inside over the images that have an annotation."""
-    columns = {}
-    for name in methods:
-        own = [record["methods"][name] for record in records]
-        columns[name] = 100 * np.array([each[kind] for each in own if kind in each], np.float64)
+    columns = {name: 100 * _annotated(records, name, kind) for name in methods}
     return {
         name: {f"{kind}_hit": hit, f"{kind}_mass": mass}
         for name, (hit, mass) in _means(columns).items()
     }
+
+
+def _segmentation_means(
+    records: Sequence[Mapping[str, Any]], methods: Sequence[str], kind: str
+) -> dict[str, dict[str, _Mean]]:
+    """Sum up what localize.segment found in the images that have a mask."""
+    found: dict[str, dict[str, _Mean]] = {}
+    columns = {name: _annotated(records, name, kind) for name in methods}
+    for name, means in _means(columns).items():
+        values = segmentation_scores(np.array([[mean.value for mean in means]]))
+        draws = segmentation_scores(np.stack([mean.draws for mean in means], axis=1))
+        found[name] = {key: _Mean(float(values[key][0]), draws[key]) for key in values}
+    return found
+
+
+def _annotated(
+    records: Sequence[Mapping[str, Any]], name: str, kind: str
+) -> Float64[np.ndarray, "n m"]:
+    own = [record["methods"][name] for record in records]
+    return np.array([each[kind] for each in own if kind in each], np.float64)
 
 
 def _means(columns: Mapping[_K, Float64[np.ndarray, "n m"]]) -> dict[_K, list[_Mean]]:
@@ -233,15 +246,6 @@ def _means(columns: Mapping[_K, Float64[np.ndarray, "n m"]]) -> dict[_K, list[_M
     values, draws = joined.mean(0), resampled_means(joined)
     means = iter([_Mean(float(value), own) for value, own in zip(values, draws.T, strict=True)])
     return {key: [next(means) for _ in range(own.shape[1])] for key, own in columns.items()}
-
-
-def _segmentation(records: Sequence[Mapping[str, Any]], name: str) -> dict[str, Interval]:
-    own = [record["methods"][name] for record in records]
-    images = [SegmentedImage(*each["segmentation"]) for each in own if "segmentation" in each]
-    if not images:
-        return {}
-    found = SegmentationCounts(images).result()
-    return {measure: getattr(found, measure) for measure in _SEGMENTATION}
 
 
 def _correlations(records: Sequence[Mapping[str, Any]], name: str) -> Correlation | None:

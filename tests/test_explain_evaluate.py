@@ -26,7 +26,12 @@ from tokenlabel.evaluator.models import EvalModel
 from tokenlabel.evaluator.predictions import MODEL
 from tokenlabel.explainer import evaluate as job
 from tokenlabel.explainer.evaluate import IMAGES, PICTURE, RESULTS, FaithfulnessConfig, evaluate
-from tokenlabel.explainer.localize import SegmentationCounts, localize, open_annotations
+from tokenlabel.explainer.localize import (
+    localize,
+    open_annotations,
+    segment,
+    segmentation_scores,
+)
 from tokenlabel.explainer.methods import Options, explain, upsample
 from tokenlabel.explainer.perturb import Protocol
 from tokenlabel.explainer.scores import Faithfulness, sum_up
@@ -222,6 +227,35 @@ def test_methods_are_told_apart_from_random_image_by_image():
     assert like == {"good": False, "same": True, "mixed": True, "random": False}
 
 
+def test_objects_found_by_heat_have_intervals_and_differences_over_images():
+    rng = np.random.default_rng(0)
+    random = [[*rng.integers(20, 90, 4).tolist(), rng.uniform(0.4, 0.8)] for _ in range(30)]
+    good = [[a + 4, b - 4, c, d, precision + 0.03] for a, b, c, d, precision in random]
+    lines = [
+        {"key": f"{i}", "class": 0, "right": True, "probability": 1.0}
+        | {"methods": {"good": {"segmentation": good[i]}, "random": {"segmentation": random[i]}}}
+        for i in range(30)
+    ]
+    header = {
+        "methods": ["good", "random"],
+        "protocol": {"curves": []},
+        "annotations": {"segmentation": "masks"},
+        "labels_known": True,
+    }
+    found = sum_up(header, lines).methods
+    draws = []
+    for _ in range(1000):
+        again = np.array(good)[rng.integers(30, size=30)].sum(0)
+        draws.append(100 * (again[0] + again[3]) / again[:4].sum())
+    accuracy = found["good"].measures["pixel_accuracy"]
+    assert accuracy[1:] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.3)
+    for measure in ("pixel_accuracy", "mean_ap", "miou"):
+        # Apart their intervals overlap; image by image one is always the better.
+        assert found["good"].measures[measure].low < found["random"].measures[measure].high
+        assert found["good"].less_random[measure].low > 0
+    assert found["good"].less_random["mean_ap"] == pytest.approx((3, 3, 3))
+
+
 # -------------------------------------------------------------------------------- where heat lies
 
 
@@ -242,7 +276,7 @@ def test_heat_is_compared_with_boxes_and_masks(photos, tmp_path):
     model = tiny_model()
     view = replace(model.view, crop_pct=1.0, crop_mode="squash")
     for method in ("gae", "raw"):
-        hits, masses, counts = [], [], SegmentationCounts()
+        hits, masses, segmented = [], [], []
         for record in lines_of(out)[1:5]:
             key, seen = record["key"], PilView(view)
             photo = Image.open(photos / f"{key}.png")
@@ -253,14 +287,15 @@ def test_heat_is_compared_with_boxes_and_masks(photos, tmp_path):
             hits.append(100 * float(place.hit))
             masses.append(100 * float(place.mass))
             if key in masks:
-                counts.add(heat[0], masks.mask(key, view, (60, 72)))
+                segmented.append(segment(heat[0], masks.mask(key, view, (60, 72))))
         measures = found.methods[method].measures
         assert measures["boxes_hit"].value == pytest.approx(np.mean(hits))
         assert measures["boxes_mass"].value == pytest.approx(np.mean(masses), rel=1e-4)
         assert measures["masks_mass"].value == pytest.approx(np.mean(masses[1:3]), rel=1e-4)
-        result = counts.result()
-        for name in ("pixel_accuracy", "mean_ap", "miou"):
-            assert measures[name].value == pytest.approx(getattr(result, name).value, rel=1e-4)
+        expected = segmentation_scores(np.mean(segmented, axis=0, keepdims=True))
+        for name, (value,) in expected.items():
+            assert measures[name].value == pytest.approx(value, rel=1e-4)
+            assert name in found.methods[method].less_random
 
 
 def test_without_curves_only_annotated_images_are_looked_at(photos, tmp_path):

@@ -2,7 +2,6 @@
 
 import csv
 import math
-import random
 import sys
 import types
 from pathlib import Path
@@ -16,12 +15,11 @@ from sklearn.metrics import average_precision_score, confusion_matrix
 from tokenlabel.evaluator.data import EvalView, PilView
 from tokenlabel.explainer.localize import (
     VOID,
-    SegmentationCounts,
-    SegmentedImage,
     average_precision,
     localize,
     open_annotations,
     segment,
+    segmentation_scores,
     write_images,
 )
 
@@ -149,9 +147,9 @@ def test_an_image_is_segmented_by_the_published_protocol():
 
 
 def test_accuracy_and_iou_are_those_of_the_confusion_matrix_of_all_images():
-    counts, truth, answers = SegmentationCounts(), [], []
+    images, truth, answers = [], [], []
     for heat, mask in zip(heats(8), masks(8, seed=5)):
-        counts.add(heat, mask)
+        images.append(segment(heat, mask))
         stretched = (heat - heat.min()) / (heat.max() - heat.min())
         counted = mask != VOID
         truth.append(mask[counted])
@@ -159,43 +157,12 @@ def test_accuracy_and_iou_are_those_of_the_confusion_matrix_of_all_images():
     matrix = confusion_matrix(torch.cat(truth), torch.cat(answers).long())
     right = matrix.diagonal()
     ious = right / (matrix.sum(0) + matrix.sum(1) - right)
-    found = counts.result()
-    assert found.num_images == 8
-    assert found.pixel_accuracy.value == pytest.approx(100 * right.sum() / matrix.sum())
-    assert found.miou.value == pytest.approx(100 * ious.mean())
-    precisions = [image.average_precision for image in counts.images]
-    assert found.mean_ap.value == pytest.approx(100 * np.mean(precisions))
-
-
-def test_intervals_are_those_of_resampled_images():
-    counts = SegmentationCounts()
-    for heat, mask in zip(heats(30), masks(30, seed=5)):
-        counts.add(heat, mask)
-    found, draws = counts.result(), []
-    rng = np.random.default_rng(9)
-    for _ in range(1000):
-        again = [counts.images[i] for i in rng.integers(30, size=30)]
-        right = sum(image[0] + image[3] for image in again)
-        draws.append(100 * right / sum(sum(image[:4]) for image in again))
-    low, high = np.quantile(draws, [0.025, 0.975])
-    assert found.pixel_accuracy.low == pytest.approx(low, abs=0.2)
-    assert found.pixel_accuracy.high == pytest.approx(high, abs=0.2)
-    for value, low, high in (found.pixel_accuracy, found.mean_ap, found.miou):
-        assert low < value < high
-
-
-def test_merged_in_any_order_is_all_at_once_to_the_bit():
-    images = list(zip(heats(12), masks(12, seed=2)))
-    whole, parts = SegmentationCounts(), [SegmentationCounts() for _ in range(3)]
-    for i, (heat, mask) in enumerate(images):
-        whole.add(heat, mask)
-        parts[i % 3].add(heat, mask)
-    random.Random(0).shuffle(parts)
-    merged = SegmentationCounts()
-    for part in parts:
-        merged.merge(SegmentationCounts(SegmentedImage(*image) for image in part.images))
-    assert merged.images != whole.images
-    assert merged.result() == whole.result()
+    found = segmentation_scores(np.array([images, images[:1] * 8], np.float64).mean(1))
+    assert found["pixel_accuracy"][0] == pytest.approx(100 * right.sum() / matrix.sum())
+    assert found["miou"][0] == pytest.approx(100 * ious.mean())
+    precisions = [image.average_precision for image in images]
+    expected = [100 * np.mean(precisions), 100 * precisions[0]]
+    assert found["mean_ap"].tolist() == pytest.approx(expected)
 
 
 def test_heat_that_is_the_same_everywhere_answers_background_without_a_rank():
@@ -214,11 +181,8 @@ def test_void_pixels_count_nowhere_but_in_the_mean():
 
 def test_the_heat_of_a_mask_itself_is_perfect():
     for mask in masks(3, void=False):
-        counts = SegmentationCounts()
-        counts.add(mask.float(), mask)
-        found = counts.result()
-        values = (found.pixel_accuracy.value, found.mean_ap.value, found.miou.value)
-        assert values == (100, 100, 100)
+        found = segmentation_scores(np.array([segment(mask.float(), mask)], np.float64))
+        assert found == {"pixel_accuracy": 100, "mean_ap": 100, "miou": 100}
 
 
 def test_a_mask_of_other_values_or_of_none_is_refused():
@@ -226,8 +190,6 @@ def test_a_mask_of_other_values_or_of_none_is_refused():
         segment(torch.rand(2, 2), torch.tensor([[0, 7], [1, 1]]))
     with pytest.raises(ValueError, match="the mask says of no pixel whether the object is there"):
         segment(torch.rand(2, 2), torch.full((2, 2), VOID))
-    with pytest.raises(ValueError, match="no image was segmented"):
-        SegmentationCounts().result()
 
 
 # -------------------------------------------------------------------------------- annotations
