@@ -5,6 +5,7 @@ Only click is imported at the top: `tl-eval --help` must not wait for torch.
 
 import logging
 import re
+import select
 import sys
 from collections.abc import Iterable
 from functools import partial
@@ -29,6 +30,13 @@ class _UserError(click.ClickException):
 
     def show(self, file: Any = None) -> None:
         click.echo(f"{self.command}: {self.message}", err=True)
+
+
+def _reader_is_gone() -> bool:
+    """Tell whether nobody reads the standard output any more."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 class _Command(click.Command):
@@ -57,8 +65,8 @@ class _Command(click.Command):
         try:
             return super().invoke(ctx)
         except (ValueError, OSError) as error:
-            if debug:
-                raise
+            if debug or isinstance(error, BrokenPipeError) and _reader_is_gone():
+                raise  # click ends quietly, as programs do whose output goes to `head`
             raise _UserError(ctx.command_path, str(error)) from error
 
 

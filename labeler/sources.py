@@ -107,7 +107,11 @@ def open_source(
     given = None if classes is None else listing.read_classes(classes)
     found = _list(str(images), root, with_classes=classes is not None)
     if found.num_ignored:
-        _logger.info("%s: left out %d files that are not images", images, found.num_ignored)
+        files = "file" if found.num_ignored == 1 else "files"
+        suffixes = " ".join(IMAGE_SUFFIXES)
+        _logger.info(
+            "%s: left out %d %s, ending in none of %s", images, found.num_ignored, files, suffixes
+        )
     class_ids, class_names, index_of = _resolve_classes(found, given)
     return ImageSource(str(images), _samples(found, index_of), class_ids, class_names)
 

@@ -319,7 +319,7 @@ def test_hidden_and_other_members_are_left_out_and_counted(
     (tmp_path / "x.tar").write_bytes(tar_of(dict.fromkeys(names, b"")))
     with caplog.at_level(logging.INFO):
         assert [sample.key for sample in open_source(tmp_path / "x.tar").samples] == ["cat/1"]
-    assert "left out 2 files that are not images" in caplog.text
+    assert "left out 2 files, ending in none of .jpg" in caplog.text
 
 
 def test_splits_in_a_tar_are_refused_with_what_to_give(tmp_path: Path):

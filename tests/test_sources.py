@@ -243,7 +243,7 @@ def test_other_and_hidden_files_are_left_out_and_counted(
     (tmp_path / "classes.txt").write_text("cat\n")
     with caplog.at_level(logging.INFO):
         assert _keys(tmp_path) == ["cat/1"]
-    assert "left out 2 files that are not images" in caplog.text
+    assert "left out 2 files, ending in none of .jpg" in caplog.text
 
 
 def test_links_are_followed_but_not_in_circles(tmp_path: Path):
