@@ -409,7 +409,7 @@ def test_keys_left_out_keep_their_defaults():
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("lr = 3", "unknown key 'lr'.*known: summary, paper_top1, model"),
+        ("lr = 3", "unknown key 'lr' .did you mean 'optim.lr'.*known: summary, paper_top1, model"),
         (
             "[optim]\nlearning_rate = 3",
             r"unknown key 'optim.learning_rate'.*known in \[optim\]: .*lr",

@@ -12,7 +12,7 @@ import math
 import re
 import tomllib
 import types
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
@@ -438,6 +438,17 @@ def _closest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean {near[0]!r}?)" if near else ""
 
 
+def _in_tables(key: str, fields: Mapping[str, dataclasses.Field[Any]]) -> str:
+    """Name the keys called so that stand one table deeper."""
+    found = [
+        repr(f"{table}.{key}")
+        for table, field in fields.items()
+        if dataclasses.is_dataclass(field.type)
+        and key in {own.name for own in dataclasses.fields(field.type)}
+    ]
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
 # ------------------------------------------------------------------- TOML tables → records
 
 
@@ -456,7 +467,7 @@ def build_record(cls: type[Any], table: dict[str, Any], prefix: str) -> Any:
     for key in table:
         if key not in fields:
             raise ValueError(
-                f"unknown key {prefix + key!r}{_closest(key, fields)}; "
+                f"unknown key {prefix + key!r}{_in_tables(key, fields) or _closest(key, fields)}; "
                 f"known{' in [' + prefix[:-1] + ']' if prefix else ''}: {', '.join(fields)}"
             )
     return cls(
